@@ -1,0 +1,46 @@
+"""pytest-benchmark over every distinct block of ResNet-18 and ResNet-50: `pytest benchmarks`.
+
+`--benchmark-group-by=group` (the default) puts the contenders of a block side by side.
+"""
+
+import pytest
+import torch
+from blocks import Block, distinct_blocks
+
+import resnet_fused as rf
+
+BATCH = 4
+
+
+def contender(block: Block, name: str) -> torch.nn.Module:
+    if name == "eager":
+        return block.module
+    if name == "layer-fused":
+        return rf.fuse(block.module, backend="vendor")
+    return rf.fuse(block.module, accuracy=name)
+
+
+@pytest.fixture(scope="module")
+def blocks() -> dict[tuple[str, str], list[Block]]:
+    return {}
+
+
+CASES = [
+    (model, dtype, index)
+    for model, count in (("resnet18", 7), ("resnet50", 8))
+    for dtype in ("fp32", "bf16")
+    for index in range(count)
+]
+
+
+@pytest.mark.parametrize("name", ["eager", "layer-fused", "strict", "fast"])
+@pytest.mark.parametrize(("model", "dtype", "index"), CASES)
+def test_block(model, dtype, index, name, blocks, benchmark):
+    if (model, dtype) not in blocks:
+        blocks[model, dtype] = distinct_blocks(model, BATCH, dtype)
+    assert len(blocks[model, dtype]) == len({i for m, d, i in CASES if (m, d) == (model, dtype)})
+    block = blocks[model, dtype][index]
+    module = contender(block, name)
+    benchmark.group = f"{block.label} {dtype}"
+    with torch.inference_mode():
+        benchmark.pedantic(module, (block.x,), rounds=20, warmup_rounds=2)

@@ -1,0 +1,97 @@
+// The CPU kernels' interface, free of torch: a residual block (or one layer, or a stem) as a chain of convolutions
+// that is computed band by band, with everything between input and output kept in the core's own cache.
+#pragma once
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace resnet_fused::cpu {
+
+enum class DType : int { kF32 = 0, kBf16 = 1 };
+enum class Algorithm : int { kDirect = 0, kWinograd2 = 1, kWinograd4 = 2 };
+
+inline int64_t element_size(DType t) { return t == DType::kBf16 ? 2 : 4; }
+// F(m x m, 3x3): m; 0 for direct.
+inline int winograd_m(Algorithm a) { return a == Algorithm::kDirect ? 0 : a == Algorithm::kWinograd2 ? 2 : 4; }
+
+struct ConvShape {
+  int c = 1, k = 1;  // input and output channels, over all groups
+  int r = 1, s = 1;  // kernel height and width
+  int stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0, dil_h = 1, dil_w = 1, groups = 1;
+
+  int out_h(int h) const { return (h + 2 * pad_h - dil_h * (r - 1) - 1) / stride_h + 1; }
+  int out_w(int w) const { return (w + 2 * pad_w - dil_w * (s - 1) - 1) / stride_w + 1; }
+};
+
+// fn(begin, end, context) over [0, count), in threads or not.
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
+struct Parallel {
+  void (*run)(int64_t count, ParallelBody body, void* context);
+  int threads;
+};
+
+// ---- packed weights (pack.cpp) -----------------------------------------------------------------------------------
+// [group][panel of output channels][tap or frequency][word of input channels][panel], after a header of 64 bytes.
+constexpr uint32_t kPackMagic = 0x52464b31;
+struct alignas(64) PackHeader {
+  uint32_t magic;
+  int32_t isa;
+  int32_t algorithm;
+  int32_t bf16;  // words are pairs of bfloat16; else float32
+  int32_t k, c, r, s, groups;
+  int32_t words;   // 32-bit words per tap, padding included
+  int32_t panels;  // per group
+};
+struct PackShape {
+  bool bf16;
+  int taps, words, panels;
+  int64_t panel_bytes, bytes;  // of one panel; of all, header included
+};
+// Throws std::invalid_argument where the algorithm cannot take the kernel.
+PackShape pack_shape(const Kernels&, const ConvShape&, DType, Algorithm);
+// weight: OIHW, dense. `out` has pack_shape().bytes bytes, 64-byte aligned.
+void pack(const Kernels&, const ConvShape&, DType, Algorithm, const void* weight, void* out, const Parallel&);
+
+// ---- blocks (chain.cpp) ------------------------------------------------------------------------------------------
+struct Layer {
+  ConvShape shape;
+  Algorithm algorithm = Algorithm::kDirect;
+  const PackHeader* packed = nullptr;
+  const float* scale = nullptr;  // [k]
+  const float* shift = nullptr;  // [k]
+  bool relu = true;
+};
+
+struct Pool {
+  int kernel = 0, stride = 1, pad = 0;  // kernel 0: no pooling
+  int out(int size) const { return (size + 2 * pad - kernel) / stride + 1; }
+};
+
+// out = pool(layers[...]) or relu?(layers[...] + shortcut); every tensor dense NHWC.
+struct Block {
+  int n = 0, h = 0, w = 0;  // of x
+  DType dtype = DType::kF32;
+  const void* x = nullptr;
+  void* out = nullptr;
+  int layer_count = 0;
+  Layer layers[3];
+  bool has_projection = false;
+  Layer projection;                // 1x1 from x, added before the last layer's activation
+  const void* residual = nullptr;  // or a tensor of out's shape
+  Pool pool;
+};
+
+// How a block is cut up. Workspace per thread: see workspace_bytes.
+struct Schedule {
+  int images;               // per unit of work
+  int bands;                // row bands an image is cut into
+  int rows;                 // output rows per step within a band
+  bool split_channels;      // threads share each layer's output channels instead of images and bands
+  int64_t workspace_bytes;  // per thread: at most the rows of a step, the overlap of the windows, and packed tiles
+};
+RF_EXPORT Schedule schedule(const Kernels&, const Block&, int threads);
+
+// Throws std::invalid_argument on a pack of another instruction set, shape or algorithm.
+void run_block(const Kernels&, const Block&, const Parallel&);
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,872 @@
+// A chain of convolutions, computed band by band.
+//
+// Level l is the input of layer l. Level 0 is x itself where its pixels can be read in place (1x1 convolutions), else a
+// copy of the rows in use; the other levels live only in the workspace, a few rows at a time, zero-padded on all sides,
+// so that the window of a convolution is a list of byte offsets ("taps") from a pixel. A step computes `rows` output
+// rows: it moves the rows of each level that the last step left and the windows still overlap, and computes the new
+// ones. What is recomputed is therefore only the overlap between bands.
+#include <algorithm>
+#include <climits>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "block.h"
+#include "memory.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+constexpr int64_t kLine = 64;                // bytes of a cache line
+constexpr int64_t kResident = 384 * 1024;    // weights that stay in L2 while tiles of one step pass
+constexpr int64_t kPanelLimit = 200 * 1024;  // larger panels are taken one tap row at a time, partial sums in L2
+constexpr int64_t kGroupBytes = 256 * 1024;  // of A, gathered at once
+
+template <class T>
+T round_up(T v, T unit) {
+  return (v + unit - 1) / unit * unit;
+}
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Half of a register tile: rows at one distance from each other, and where each row's results go.
+struct SubTile {
+  ptrdiff_t a;
+  int y;  // input row of the window's first row; INT_MIN: taps are not to be skipped
+  int32_t dst[kMaxSubTile];
+  int32_t src[kMaxSubTile];  // pixel of x that the row reads, where rows are gathered
+};
+
+// What a stage of the chain knows of its input and its kernel choice.
+struct Stage {
+  const Layer* layer;
+  PackShape pack;
+  int m;  // Winograd tile, 0: direct
+  int in_h, in_w, out_h, out_w;
+  bool last;
+  // storage of the input level
+  bool in_place;  // 1x1 straight from x, or gathered from it
+  bool gather;
+  bool merged;    // one tap per kernel row: a row of the window is contiguous
+  int64_t pitch;  // bytes between pixels
+  int columns;    // pixels of a row, padding included
+  int capacity;   // rows
+  int64_t level_bytes;
+};
+
+struct Chain {
+  const Kernels& kernels;
+  const Block& block;
+  Schedule plan;
+  Stage stages[3];
+  Stage projection;
+  int count;
+  int final_h, final_w;  // of the last layer
+  int64_t pool_pitch = 0;
+  int pool_capacity = 0;
+
+  Chain(const Kernels& k, const Block& b) : kernels(k), block(b), plan{}, count(b.layer_count) {
+    int h = b.h, w = b.w;
+    for (int l = 0; l < count; ++l) {
+      stages[l] = make_stage(b.layers[l], h, w, l == count - 1, l == 0);
+      h = stages[l].out_h;
+      w = stages[l].out_w;
+    }
+    final_h = h;
+    final_w = w;
+    if (b.has_projection) projection = make_stage(b.projection, b.h, b.w, true, true);
+  }
+
+  Stage make_stage(const Layer& layer, int h, int w, bool last, bool first) const {
+    const ConvShape& s = layer.shape;
+    Stage st{};
+    st.layer = &layer;
+    st.pack = pack_shape(kernels, s, block.dtype, layer.algorithm);
+    st.m = winograd_m(layer.algorithm);
+    st.in_h = h;
+    st.in_w = w;
+    st.out_h = s.out_h(h);
+    st.out_w = s.out_w(w);
+    st.last = last;
+    if (st.m && (s.stride_h != 1 || s.stride_w != 1 || s.dil_h != 1 || s.dil_w != 1))
+      throw std::invalid_argument("algorithm: Winograd takes stride=1 and dilation=1");
+    const int64_t element = st.pack.bf16 ? 2 : 4;
+    st.in_place = first && s.r == 1 && s.s == 1 && s.pad_h == 0 && s.pad_w == 0 && s.groups == 1;
+    if (st.in_place) {
+      const int64_t pixel = int64_t{s.c} * element_size(block.dtype);
+      // In place needs x's own type, whole words, a full sub-tile in x, and rows that do not all fall into the same
+      // sets of L1 (4 KiB apart).
+      const int sub = st.pack.bf16 ? kernels.bf16_sub : kernels.sub_max;
+      st.gather = st.pack.bf16 != (block.dtype == DType::kBf16) || int64_t{st.pack.words} * 4 != pixel ||
+                  (int64_t{block.n} * h * w - 1) / s.stride_w + 1 < sub || pixel * s.stride_w % 4096 == 0;
+      st.pitch = st.gather ? round_up(int64_t{st.pack.words} * 4, kLine) + kLine : pixel * s.stride_w;
+      return st;
+    }
+    st.columns = w + 2 * s.pad_w;
+    if (st.m) st.columns = static_cast<int>(ceil_div(st.out_w, st.m)) * st.m + 2;
+    if (first) {
+      st.merged = !st.pack.bf16 && !st.m && s.groups == 1 && s.c < 16 && s.dil_w == 1;
+      st.pitch = st.merged ? s.c * element
+                           : round_up(std::max<int64_t>(int64_t{st.pack.words} * 4, s.c * element), kLine) + kLine;
+    } else {
+      st.pitch = round_up(s.c, kernels.panel) * element + kLine;  // written in whole panels
+    }
+    return st;
+  }
+
+  // Rows of a stage's input that `rows` rows of its output read.
+  static int input_rows(const Stage& st, int rows) {
+    const ConvShape& s = st.layer->shape;
+    if (st.m) return static_cast<int>(round_up(rows, st.m)) + 2;
+    return (rows - 1) * s.stride_h + s.dil_h * (s.r - 1) + 1;
+  }
+
+  // Takes the schedule, and sizes the levels for it.
+  void fit(const Schedule& wanted) {
+    plan = wanted;
+    int rows = plan.rows;
+    plan.workspace_bytes = 0;
+    if (block.pool.kernel) {
+      rows = pool_capacity = std::min(final_h, (rows - 1) * block.pool.stride + block.pool.kernel);
+      pool_pitch = round_up(stages[count - 1].layer->shape.k, kernels.panel) * int64_t{4};
+      plan.workspace_bytes += pool_bytes();
+    }
+    for (int l = count - 1; l >= 0; --l) {
+      Stage& st = stages[l];
+      plan.workspace_bytes += winograd_bytes(st, rows) + gather_bytes(st);
+      rows = st.capacity = input_rows(st, rows);
+      // slack: tiles at the end of a level read, and drop, a few pixels more
+      if (!st.in_place)
+        st.level_bytes =
+            (int64_t{plan.images} * rows * st.columns + 2 * kMaxTileRows * st.layer->shape.stride_w) * st.pitch + 4096;
+      plan.workspace_bytes += st.level_bytes;
+      rows = std::min(rows, st.in_h);
+    }
+    if (block.has_projection) plan.workspace_bytes += gather_bytes(projection);
+  }
+  int64_t pool_bytes() const { return int64_t{plan.images} * pool_capacity * final_w * pool_pitch; }
+
+  int64_t winograd_tiles(const Stage& st, int rows) const {
+    return int64_t{plan.images} * ceil_div(rows, st.m) * ceil_div(st.out_w, st.m);
+  }
+  int64_t winograd_pitch(const Stage& st) const { return round_up(st.layer->shape.c, kernels.panel) + 16; }
+  int64_t winograd_bytes(const Stage& st, int rows) const {
+    if (!st.m) return 0;
+    const int64_t tiles = winograd_tiles(st, rows) + kMaxTileRows;
+    return st.pack.taps * tiles * (winograd_pitch(st) + kernels.panel) * 4;
+  }
+  int64_t group_tiles(const Stage& st) const {
+    return std::max<int64_t>(1, kGroupBytes / (st.pitch * 2 * (st.pack.bf16 ? kernels.bf16_sub : kernels.sub_max)));
+  }
+  int64_t gather_bytes(const Stage& st) const {
+    return st.in_place && st.gather ? group_tiles(st) * kMaxTileRows * st.pitch + 4096 : 0;
+  }
+};
+
+// One unit of work: `images` images from `image`, output rows [begin, end).
+class Unit {
+  static constexpr int kProjection = 3;  // its place among the vectors, behind the layers
+
+ public:
+  Unit(const Chain& chain, int image, int images, int begin, int end)
+      : chain_(chain),
+        block_(chain.block),
+        kernels_(chain.kernels),
+        image_(image),
+        images_(images),
+        begin_(begin),
+        end_(end) {
+    const Block& b = block_;
+    const int64_t element = element_size(b.dtype);
+    x_ = static_cast<const char*>(b.x) + int64_t{image} * b.h * b.w * b.layers[0].shape.c * element;
+    const int out_h = b.pool.kernel ? b.pool.out(chain.final_h) : chain.final_h;
+    const int out_w = b.pool.kernel ? b.pool.out(chain.final_w) : chain.final_w;
+    const int64_t out_offset = int64_t{image} * out_h * out_w * b.layers[b.layer_count - 1].shape.k * element;
+    out_ = static_cast<char*>(b.out) + out_offset;
+    residual_ = b.residual ? static_cast<const char*>(b.residual) + out_offset : nullptr;
+    for (int l = 0; l < chain.count; ++l)
+      if (!chain.stages[l].in_place)
+        level_[l] =
+            static_cast<char*>(workspace(static_cast<Slot>(l), static_cast<size_t>(chain.stages[l].level_bytes)));
+    if (b.pool.kernel) pool_ = static_cast<float*>(workspace(Slot::kLevel2, static_cast<size_t>(chain.pool_bytes())));
+    pad_vectors();
+  }
+
+  // Everything, in the calling thread.
+  void run() {
+    kernels_.begin();
+    clear_columns();
+    for (int y = begin_; y < end_; y += chain_.plan.rows) {
+      begin_step(y, std::min(end_, y + chain_.plan.rows), y == begin_);
+      if (!chain_.stages[0].in_place) fill_input(0, images_);
+      for (int l = 0; l < chain_.count; ++l) {
+        if (chain_.stages[l].m) {
+          allocate_transformed(l);
+          winograd_transform(l, 0, channel_blocks(l));
+        }
+        layer(l, 0, panels(chain_.stages[l]));
+      }
+      if (block_.pool.kernel) pool_rows(y, std::min(end_, y + chain_.plan.rows));
+      end_step();
+    }
+    kernels_.end();
+  }
+
+  // Everything in one step, the threads sharing out the channels of each layer.
+  void run_split(const Parallel& parallel) {
+    clear_columns();
+    begin_step(begin_, end_, true);
+    if (!chain_.stages[0].in_place) fork(parallel, images_, [this](int a, int b) { fill_input(a, b); });
+    for (int l = 0; l < chain_.count; ++l) {
+      if (chain_.stages[l].m) {
+        allocate_transformed(l);
+        fork(parallel, channel_blocks(l), [this, l](int a, int b) { winograd_transform(l, a, b); });
+      }
+      fork(parallel, panels(chain_.stages[l]), [this, l](int a, int b) {
+        kernels_.begin();
+        layer(l, a, b);
+        kernels_.end();
+      });
+    }
+    if (block_.pool.kernel) pool_rows(begin_, end_);
+  }
+
+ private:
+  const Chain& chain_;
+  const Block& block_;
+  const Kernels& kernels_;
+  const int image_, images_, begin_, end_;
+  const char* x_;
+  char* out_;
+  const char* residual_;
+  char* level_[3] = {};
+  float* pool_ = nullptr;
+  float* transformed_ = nullptr;
+  int lo_[4] = {}, hi_[4] = {};  // rows of each level in use, before clipping; [count]: of the last layer's output
+  int have_[4] = {};             // rows of the level below this were computed by earlier steps
+  struct Vectors {
+    const float* scale;
+    const float* shift;
+  } vectors_[4];
+
+  template <class F>
+  static void fork(const Parallel& parallel, int count, F f) {
+    parallel.run(
+        count, [](int64_t a, int64_t b, void* c) { (*static_cast<F*>(c))(static_cast<int>(a), static_cast<int>(b)); },
+        &f);
+  }
+
+  int panels(const Stage& st) const { return st.pack.panels * st.layer->shape.groups; }
+  int channel_blocks(int l) const {
+    return static_cast<int>(ceil_div(chain_.stages[l].layer->shape.c, kernels_.panel));
+  }
+
+  // scale and shift, padded with zeros to whole panels of each group
+  void pad_vectors() {
+    int64_t total = 0;
+    auto size = [&](const Stage& st) { return int64_t{panels(st)} * kernels_.panel; };
+    for (int l = 0; l < chain_.count; ++l) total += 2 * size(chain_.stages[l]);
+    if (block_.has_projection) total += 2 * size(chain_.projection);
+    auto* p = static_cast<float*>(workspace(Slot::kVectors, static_cast<size_t>(total) * 4));
+    auto pad = [&](const Stage& st, const float* v) {
+      const ConvShape& s = st.layer->shape;
+      const int k = s.k / s.groups, padded = st.pack.panels * kernels_.panel;
+      float* const first = p;
+      for (int g = 0; g < s.groups; ++g, p += padded) {
+        std::memcpy(p, v + g * k, static_cast<size_t>(k) * 4);
+        std::memset(p + k, 0, static_cast<size_t>(padded - k) * 4);
+      }
+      return first;
+    };
+    auto add = [&](int l, const Stage& st) {
+      vectors_[l].scale = pad(st, st.layer->scale);
+      vectors_[l].shift = pad(st, st.layer->shift);
+    };
+    for (int l = 0; l < chain_.count; ++l) add(l, chain_.stages[l]);
+    if (block_.has_projection) add(kProjection, chain_.projection);
+  }
+
+  // The padding columns of every row of every level; the layers write only what lies between.
+  void clear_columns() {
+    for (int l = 0; l < chain_.count; ++l) {
+      const Stage& st = chain_.stages[l];
+      if (st.in_place) continue;
+      const int left = st.layer->shape.pad_w, right = st.columns - left - st.in_w;
+      for (int64_t row = 0; row < int64_t{images_} * st.capacity; ++row) {
+        char* p = level_[l] + row * st.columns * st.pitch;
+        std::memset(p, 0, static_cast<size_t>(left * st.pitch));
+        std::memset(p + (left + st.in_w) * st.pitch, 0, static_cast<size_t>(right * st.pitch));
+      }
+    }
+  }
+
+  char* level_row(int l, int image, int row) const {
+    const Stage& st = chain_.stages[l];
+    return level_[l] + (int64_t{image} * st.capacity + row - lo_[l]) * st.columns * st.pitch;
+  }
+
+  // Which rows of each level this step reads; moves the kept ones to the front and zeroes those outside the image.
+  void begin_step(int y0, int y1, bool first) {
+    int old_lo[4];
+    std::copy(lo_, lo_ + 4, old_lo);
+    const int n = chain_.count;
+    lo_[n] = y0;
+    hi_[n] = y1;
+    if (block_.pool.kernel) {
+      lo_[n] = std::max(0, y0 * block_.pool.stride - block_.pool.pad);
+      hi_[n] = std::min(chain_.final_h, (y1 - 1) * block_.pool.stride - block_.pool.pad + block_.pool.kernel);
+      if (first) {
+        have_[n] = lo_[n];
+      } else if (const int kept = have_[n] - lo_[n]; kept > 0) {
+        const int64_t row = chain_.final_w * chain_.pool_pitch / 4;
+        for (int i = 0; i < images_; ++i) {
+          float* p = pool_ + int64_t{i} * chain_.pool_capacity * row;
+          std::memmove(p, p + (lo_[n] - old_lo[n]) * row, static_cast<size_t>(kept * row) * 4);
+        }
+      }
+      have_[n] = std::max(have_[n], lo_[n]);
+    } else {
+      have_[n] = y0;
+    }
+    for (int l = n - 1; l >= 0; --l) {
+      const Stage& st = chain_.stages[l];
+      const ConvShape& s = st.layer->shape;
+      const int from = have_[l + 1], to = hi_[l + 1];  // rows of the next level that this step computes
+      if (from >= to) {
+        hi_[l] = have_[l];
+        continue;
+      }
+      lo_[l] = from * s.stride_h - s.pad_h;
+      hi_[l] = lo_[l] + Chain::input_rows(st, to - from);
+      const int real = std::min(st.in_h, (to - 1) * s.stride_h - s.pad_h + s.dil_h * (s.r - 1) + 1);
+      if (first) have_[l] = std::max(0, lo_[l]);
+      if (!st.in_place) {
+        const int64_t row = st.columns * st.pitch;
+        const int kept = first ? 0 : have_[l] - lo_[l];
+        for (int i = 0; i < images_; ++i) {
+          char* p = level_[l] + int64_t{i} * st.capacity * row;
+          if (kept > 0) std::memmove(p, p + (lo_[l] - old_lo[l]) * row, static_cast<size_t>(kept * row));
+          for (int r = lo_[l]; r < hi_[l]; ++r)
+            if (r < 0 || r >= real) std::memset(p + (r - lo_[l]) * row, 0, static_cast<size_t>(row));
+        }
+      }
+      have_[l] = std::max(have_[l], std::max(0, lo_[l]));
+      hi_[l] = real;
+    }
+  }
+  void end_step() {
+    for (int l = 0; l <= chain_.count; ++l) have_[l] = std::max(have_[l], hi_[l]);
+  }
+
+  // New rows of level 0, copied from x: padded, and in the type that the kernel takes.
+  void fill_input(int image_begin, int image_end) {
+    const Stage& st = chain_.stages[0];
+    const ConvShape& s = st.layer->shape;
+    const bool narrow = block_.dtype == DType::kBf16;
+    const int64_t pixel = int64_t{s.c} * element_size(block_.dtype);
+    for (int i = image_begin; i < image_end; ++i)
+      for (int r = have_[0]; r < hi_[0]; ++r) {
+        char* d = level_row(0, i, r) + s.pad_w * st.pitch;
+        const char* src = x_ + (int64_t{i} * st.in_h + r) * st.in_w * pixel;
+        if (st.merged) {
+          copy_channels(src, d, narrow, st.pack.bf16, int64_t{s.c} * st.in_w, int64_t{s.c} * st.in_w * 4);
+        } else {
+          for (int x = 0; x < st.in_w; ++x)
+            copy_channels(src + x * pixel, d + x * st.pitch, narrow, st.pack.bf16, s.c, st.pitch - kLine);
+        }
+      }
+  }
+
+  // `channels` elements, then zeros up to `bytes`.
+  void copy_channels(const char* src, char* d, bool from_bf16, bool to_bf16, int64_t channels, int64_t bytes) const {
+    int64_t written = channels * (to_bf16 ? 2 : 4);
+    if (from_bf16 && !to_bf16)
+      kernels_.bf16_to_f32(reinterpret_cast<const uint16_t*>(src), reinterpret_cast<float*>(d), channels);
+    else
+      std::memcpy(d, src, static_cast<size_t>(written));
+    if (written < bytes) std::memset(d + written, 0, static_cast<size_t>(bytes - written));
+  }
+
+  // ---- one layer -------------------------------------------------------------------------------------------------
+  struct Output {
+    char* base;
+    int64_t pitch;
+    bool bf16, stream;
+    int columns;     // pixels of a row
+    int64_t image;   // pixels between images
+    int origin_row;  // image row at base
+    int64_t origin;  // pixels from base to the first one
+    bool scratch;
+  };
+
+  Output output_of(int l) const {
+    const Stage& st = chain_.stages[l];
+    if (l + 1 < chain_.count) {
+      const Stage& next = chain_.stages[l + 1];
+      return {level_[l + 1],
+              next.pitch,
+              next.pack.bf16,
+              false,
+              next.columns,
+              int64_t{next.capacity} * next.columns,
+              lo_[l + 1],
+              next.layer->shape.pad_w,
+              true};
+    }
+    if (block_.pool.kernel)
+      return {reinterpret_cast<char*>(pool_),           chain_.pool_pitch, false, false, st.out_w,
+              int64_t{chain_.pool_capacity} * st.out_w, lo_[l + 1],        0,     true};
+    const int64_t element = element_size(block_.dtype), pitch = st.layer->shape.k * element;
+    // Past the caches anyway: a plain store would first read the line.
+    const int64_t bytes = int64_t{block_.n} * st.out_h * st.out_w * pitch;
+    const bool stream = pitch % kLine == 0 && kernels_.panel * element % kLine == 0 &&
+                        reinterpret_cast<uintptr_t>(block_.out) % kLine == 0 && bytes >= (int64_t{4} << 20);
+    return {out_, pitch, block_.dtype == DType::kBf16, stream, st.out_w, int64_t{st.out_h} * st.out_w, 0, 0, false};
+  }
+
+  // Cuts the rows [from, to) of a layer's output into sub-tiles of `sub` pixels; returns the bytes between their rows.
+  int64_t cut(int l, const Stage& st, const Output& out, int from, int to, int sub, std::vector<SubTile>& tiles) const {
+    const ConvShape& s = st.layer->shape;
+    const int w = st.out_w, rows = to - from;
+    tiles.clear();
+    // Pixels x + i, i in [first, sub), of output row y, running over into the next rows every `wrap` pixels.
+    auto emit = [&](ptrdiff_t a, int y_in, int image, int y, int x, int first, int wrap) {
+      SubTile& t = tiles.emplace_back();
+      t.a = a;
+      t.y = y_in;
+      for (int i = 0; i < sub; ++i) {
+        const int p = std::max(0, x + i), yy = y + p / wrap, xx = p % wrap;
+        const bool used = i >= first && yy < to && xx < w;
+        t.dst[i] =
+            used
+                ? static_cast<int32_t>(out.image * image + int64_t{yy - out.origin_row} * out.columns + out.origin + xx)
+                : -1;
+        t.src[i] =
+            used ? static_cast<int32_t>((int64_t{image} * st.in_h + yy * s.stride_h) * st.in_w + xx * s.stride_w) : 0;
+      }
+    };
+    if (st.in_place) {
+      const bool runs = s.stride_h == 1 && s.stride_w == 1;  // rows follow each other without a gap
+      const int length = runs ? rows * w : w, wrap = runs ? w : INT_MAX;
+      const int64_t pixels = int64_t{block_.n} * st.in_h * st.in_w;
+      for (int image = 0; image < images_; ++image)
+        for (int y = from; y < to; y += runs ? rows : 1)
+          for (int p = 0; p < length; p += sub) {
+            const int64_t start =
+                (int64_t{image} * st.in_h + int64_t{y} * s.stride_h) * st.in_w + int64_t{p} * s.stride_w;
+            // No tile may read past x: the last one starts a few pixels early, and drops them.
+            int back = 0;
+            if (const int64_t over =
+                    image_ * int64_t{st.in_h} * st.in_w + start + int64_t{sub - 1} * s.stride_w + 1 - pixels;
+                !st.gather && over > 0)
+              back = static_cast<int>(ceil_div(over, s.stride_w));
+            emit((start - int64_t{back} * s.stride_w) * (st.pitch / s.stride_w), INT_MIN, image, y, p - back, back,
+                 wrap);
+          }
+      return st.pitch;
+    }
+    // Row by row, or as one run over the padding between rows: whichever wastes less.
+    const int64_t by_row = ceil_div(w, sub) * sub * rows, run = int64_t{rows - 1} * st.columns + w;
+    if (s.stride_h == 1 && s.stride_w == 1 && round_up<int64_t>(run, sub) < by_row) {
+      const int y_in = from - s.pad_h;
+      for (int image = 0; image < images_; ++image)
+        for (int p = 0; p < run; p += sub)
+          emit(level_row(l, image, y_in) - level_[l] + p * st.pitch, rows == 1 ? y_in : INT_MIN, image, from, p, 0,
+               st.columns);
+    } else {
+      for (int y = from; y < to; ++y)
+        for (int image = 0; image < images_; ++image)
+          for (int p = 0; p < w; p += sub) {
+            const int x = std::max(0, std::min(p, w - sub)), y_in = y * s.stride_h - s.pad_h;
+            emit(level_row(l, image, y_in) - level_[l] + int64_t{x} * s.stride_w * st.pitch, y_in, image, y, x, p - x,
+                 INT_MAX);
+          }
+    }
+    return st.pitch * s.stride_w;
+  }
+
+  // Sub-tile height with the fewest rows computed; the taller one where equal.
+  int choose_sub(const Stage& st, int rows) const {
+    if (st.pack.bf16) return kernels_.bf16_sub;
+    if (st.in_place) return kernels_.sub_max;
+    int best = kernels_.sub_max;
+    int64_t fewest = INT64_MAX;
+    for (int sub = kernels_.sub_max; sub >= kernels_.sub_min; --sub) {
+      int64_t count = ceil_div(st.out_w, sub) * rows;
+      if (st.layer->shape.stride_w == 1 && st.layer->shape.stride_h == 1)
+        count = std::min(count, ceil_div(int64_t{rows - 1} * st.columns + st.out_w, sub));
+      const int64_t computed = ceil_div(count * images_, 2) * 2 * sub;
+      if (computed < fewest) {
+        fewest = computed;
+        best = sub;
+      }
+    }
+    return best;
+  }
+
+  void gather(const Stage& st, const SubTile& tile, int sub, char* d) const {
+    const int64_t pixel = int64_t{st.layer->shape.c} * element_size(block_.dtype);
+    for (int i = 0; i < sub; ++i)
+      copy_channels(x_ + tile.src[i] * pixel, d + i * st.pitch, block_.dtype == DType::kBf16, st.pack.bf16,
+                    st.layer->shape.c, int64_t{st.pack.words} * 4);
+  }
+
+  static const char* weights(const Stage& st) { return reinterpret_cast<const char*>(st.layer->packed + 1); }
+
+  void layer(int l, int panel_begin, int panel_end) {
+    const Stage& st = chain_.stages[l];
+    const int from = have_[l + 1], to = hi_[l + 1];
+    if (from >= to) return;
+    Output out = output_of(l);
+    const char* shortcut = nullptr;
+    if (st.last && residual_) {
+      shortcut = residual_;
+    } else if (st.last && block_.has_projection) {
+      // The projection goes to the output first, rows that stay in L2, and the last layer adds to it in place.
+      Output plain = out;
+      plain.stream = false;
+      direct(kProjection, chain_.projection, plain, nullptr, from, to, panel_begin, panel_end);
+      shortcut = out_;
+    }
+    if (st.m)
+      winograd_multiply(l, out, shortcut, from, to, panel_begin, panel_end);
+    else
+      direct(l, st, out, shortcut, from, to, panel_begin, panel_end);
+  }
+
+  EpilogueArgs epilogue_args(int l, const Stage& st, const Output& out, const char* shortcut, int panel) const {
+    const ConvShape& s = st.layer->shape;
+    const int k = s.k / s.groups, group = panel / st.pack.panels, column = panel % st.pack.panels * kernels_.panel;
+    const int64_t offset = (int64_t{group} * k + column) * (out.bf16 ? 2 : 4);
+    EpilogueArgs e{};
+    e.columns = out.scratch ? kernels_.panel : std::min(kernels_.panel, k - column);
+    e.scale = vectors_[l].scale + panel * kernels_.panel;
+    e.shift = vectors_[l].shift + panel * kernels_.panel;
+    e.relu = st.layer->relu;
+    e.out = out.base + offset;
+    e.out_pitch = out.pitch;
+    e.bf16_out = out.bf16;
+    e.stream = out.stream && e.columns == kernels_.panel;
+    e.residual = shortcut ? shortcut + offset : nullptr;
+    e.residual_pitch = out.pitch;
+    e.bf16_residual = out.bf16;
+    return e;
+  }
+
+  // A layer as an implicit GEMM: tiles of pixels by panels of output channels. `l`: its level and vectors.
+  void direct(int l, const Stage& st, const Output& out, const char* shortcut, int from, int to, int panel_begin,
+              int panel_end) {
+    static thread_local std::vector<SubTile> tiles;
+    static thread_local std::vector<Tap> taps, some;
+    const ConvShape& s = st.layer->shape;
+    const int sub = choose_sub(st, to - from), panel = kernels_.panel;
+    const int64_t lda = cut(l, st, out, from, to, sub, tiles);
+    if (tiles.size() % 2) {
+      tiles.push_back(tiles.back());
+      std::fill_n(tiles.back().dst, sub, -1);
+    }
+    const int count = static_cast<int>(tiles.size() / 2);
+    const GemmFn gemm = st.pack.bf16 ? kernels_.gemm_bf16 : kernels_.gemm_f32[sub];
+
+    const int per_row = st.merged ? 1 : s.s;  // taps of a kernel row
+    const int words = st.merged ? st.pack.words * s.s : st.pack.words;
+    taps.clear();
+    for (int r = 0; r < s.r; ++r)
+      for (int x = 0; x < per_row; ++x)
+        taps.push_back({(int64_t{r} * s.dil_h * st.columns + int64_t{x} * s.dil_w) * st.pitch,
+                        (int64_t{r} * per_row + x) * words * panel * 4});
+    const int splits = st.pack.panel_bytes > kPanelLimit ? s.r : 1;  // of the taps, by kernel row
+    const int split_taps = static_cast<int>(taps.size()) / splits;
+
+    // Weights that stay in L2: a tile goes through all panels while its rows are in L1. Else a panel through all tiles.
+    const bool resident = st.pack.panel_bytes * (panel_end - panel_begin) <= kResident && splits == 1;
+    int group = resident ? 1 : count;
+    char* gathered = nullptr;
+    if (st.in_place && st.gather) {
+      group = static_cast<int>(std::min<int64_t>(group, chain_.group_tiles(st)));
+      gathered = static_cast<char*>(workspace(Slot::kPacked, static_cast<size_t>(chain_.gather_bytes(st))));
+    }
+    const char* base = gathered ? gathered : st.in_place ? x_ : level_[l];
+    const int tile_floats = 2 * sub * panel;
+    auto* c =
+        static_cast<float*>(workspace(Slot::kTiles, static_cast<size_t>(splits > 1 ? group : 1) * tile_floats * 4));
+
+    int32_t dst[kMaxTileRows];
+    for (int g = 0; g < count; g += group) {
+      const int group_end = std::min(count, g + group);
+      if (gathered)
+        for (int i = 2 * g; i < 2 * group_end; ++i) {
+          tiles[i].a = int64_t{i - 2 * g} * sub * st.pitch;
+          gather(st, tiles[i], sub, gathered + tiles[i].a);
+        }
+      for (int n = panel_begin; n < panel_end; ++n) {
+        EpilogueArgs e = epilogue_args(l, st, out, shortcut, n);
+        e.rows = 2 * sub;
+        e.dst = dst;
+        const int64_t group_offset = int64_t{n / st.pack.panels} * (s.c / s.groups) * 4;  // groups are float32
+        GemmArgs args;
+        args.lda = lda;
+        args.words = words;
+        args.b = weights(st) + n * st.pack.panel_bytes;
+        for (int split = 0; split < splits; ++split)
+          for (int t = g; t < group_end; ++t) {
+            const SubTile &t0 = tiles[2 * t], &t1 = tiles[2 * t + 1];
+            args.a[0] = base + t0.a + group_offset;
+            args.a[1] = base + t1.a + group_offset;
+            args.taps = taps.data() + split * split_taps;
+            args.tap_count = split_taps;
+            args.c = c + (splits > 1 ? int64_t{t - g} * tile_floats : 0);
+            args.accumulate = split > 0;
+            if (!(inside(st, t0) && inside(st, t1))) {  // rows of taps that are all padding are skipped
+              some.clear();
+              for (int i = 0; i < split_taps; ++i) {
+                const int r = (split * split_taps + i) / per_row;
+                if (row_inside(st, t0, r) || row_inside(st, t1, r)) some.push_back(args.taps[i]);
+              }
+              args.taps = some.data();
+              args.tap_count = static_cast<int>(some.size());
+            }
+            gemm(args);
+            if (split < splits - 1) continue;
+            std::copy_n(t0.dst, sub, dst);
+            std::copy_n(t1.dst, sub, dst + sub);
+            e.c = args.c;
+            kernels_.epilogue(e);
+          }
+      }
+    }
+  }
+
+  static bool row_inside(const Stage& st, const SubTile& t, int r) {
+    if (t.y == INT_MIN) return true;
+    const int y = t.y + r * st.layer->shape.dil_h;
+    return y >= 0 && y < st.in_h;
+  }
+  static bool inside(const Stage& st, const SubTile& t) {
+    return row_inside(st, t, 0) && row_inside(st, t, st.layer->shape.r - 1);
+  }
+
+  // ---- Winograd --------------------------------------------------------------------------------------------------
+  struct Grid {
+    int high, wide;
+    int64_t tiles, padded;  // padded: to whole register tiles
+    int sub;
+    int64_t pitch;      // floats between tiles
+    int64_t frequency;  // floats between frequencies
+  };
+  Grid grid(const Stage& st, int rows) const {
+    Grid g;
+    g.high = static_cast<int>(ceil_div(rows, st.m));
+    g.wide = static_cast<int>(ceil_div(st.out_w, st.m));
+    g.tiles = int64_t{images_} * g.high * g.wide;
+    g.sub = kernels_.sub_max;
+    for (int sub = kernels_.sub_max; sub >= kernels_.sub_min; --sub)
+      if (round_up<int64_t>(g.tiles, 2 * sub) < round_up<int64_t>(g.tiles, 2 * g.sub)) g.sub = sub;
+    g.padded = round_up<int64_t>(g.tiles, 2 * g.sub);
+    g.pitch = chain_.winograd_pitch(st);
+    g.frequency = g.padded * g.pitch;
+    return g;
+  }
+
+  void allocate_transformed(int l) {
+    const Stage& st = chain_.stages[l];
+    const int64_t floats = st.pack.taps * grid(st, std::max(0, hi_[l + 1] - have_[l + 1])).frequency;
+    transformed_ = static_cast<float*>(workspace(Slot::kTransformed, static_cast<size_t>(floats) * 4));
+  }
+
+  void winograd_transform(int l, int block_begin, int block_end) {
+    const Stage& st = chain_.stages[l];
+    const int from = have_[l + 1], to = hi_[l + 1];
+    if (from >= to) return;
+    const Grid g = grid(st, to - from);
+    const int channel = block_begin * kernels_.panel;
+    WinogradIn w{};
+    w.row = st.columns * st.pitch / 4;
+    w.pixel = st.pitch / 4;
+    w.frequency = g.frequency;
+    w.channels = (block_end - block_begin) * kernels_.panel;
+    int64_t t = 0;
+    for (int image = 0; image < images_; ++image)
+      for (int y = 0; y < g.high; ++y)
+        for (int x = 0; x < g.wide; ++x, ++t) {
+          w.src = reinterpret_cast<const float*>(level_row(l, image, from - st.layer->shape.pad_h + y * st.m)) +
+                  int64_t{x} * st.m * w.pixel + channel;
+          w.dst = transformed_ + t * g.pitch + channel;
+          kernels_.winograd_in[st.m == 4](w);
+        }
+  }
+
+  void winograd_multiply(int l, const Output& out, const char* shortcut, int from, int to, int panel_begin,
+                         int panel_end) {
+    const Stage& st = chain_.stages[l];
+    const Grid g = grid(st, to - from);
+    const int panel = kernels_.panel, frequencies = st.pack.taps, pixels = st.m * st.m;
+    const GemmFn gemm = kernels_.gemm_f32[g.sub];
+    const Tap tap{0, 0};
+    // Small: all frequencies of one panel at a time. Large: one frequency at a time, whose tiles stay in L2.
+    const bool by_panel = frequencies * g.frequency * 4 <= (int64_t{1} << 20);
+    const int width = by_panel ? 1 : panel_end - panel_begin;  // panels of products kept
+    const int64_t product = g.padded * panel;                  // floats of one frequency of one panel
+    auto* products =
+        static_cast<float*>(workspace(Slot::kProducts, static_cast<size_t>(frequencies * width * product) * 4));
+    auto* c = static_cast<float*>(workspace(Slot::kTiles, static_cast<size_t>(pixels * panel) * 4));
+    auto multiply = [&](int f, int n, float* p) {
+      GemmArgs args{};
+      args.lda = g.pitch * 4;
+      args.taps = &tap;
+      args.tap_count = 1;
+      args.words = st.pack.words;
+      args.b = weights(st) + n * st.pack.panel_bytes + int64_t{f} * st.pack.words * panel * 4;
+      for (int64_t t = 0; t < g.padded; t += 2 * g.sub) {
+        args.a[0] = reinterpret_cast<const char*>(transformed_ + f * g.frequency + t * g.pitch);
+        args.a[1] = args.a[0] + g.sub * args.lda;
+        args.c = p + t * panel;
+        gemm(args);
+      }
+    };
+    if (!by_panel)
+      for (int f = 0; f < frequencies; ++f)
+        for (int n = panel_begin; n < panel_end; ++n)
+          multiply(f, n, products + (int64_t{n - panel_begin} * frequencies + f) * product);
+    int32_t dst[kMaxTileRows];
+    for (int n = panel_begin; n < panel_end; ++n) {
+      float* p = products + (by_panel ? 0 : int64_t{n - panel_begin} * frequencies * product);
+      if (by_panel)
+        for (int f = 0; f < frequencies; ++f) multiply(f, n, p + f * product);
+      EpilogueArgs e = epilogue_args(l, st, out, shortcut, n);
+      e.rows = pixels;
+      e.dst = dst;
+      e.c = c;
+      WinogradOut w{p, product, c};
+      for (int image = 0; image < images_; ++image)
+        for (int y = 0; y < g.high; ++y)
+          for (int x = 0; x < g.wide; ++x, w.src += panel) {
+            for (int i = 0; i < pixels; ++i) {
+              const int yy = from + y * st.m + i / st.m, xx = x * st.m + i % st.m;
+              dst[i] = yy < to && xx < st.out_w
+                           ? static_cast<int32_t>(out.image * image + int64_t{yy - out.origin_row} * out.columns +
+                                                  out.origin + xx)
+                           : -1;
+            }
+            kernels_.winograd_out[st.m == 4](w);
+            kernels_.epilogue(e);
+          }
+    }
+  }
+
+  // ---- pooling ---------------------------------------------------------------------------------------------------
+  void pool_rows(int y0, int y1) {
+    static thread_local std::vector<const float*> window;
+    const Pool& pool = block_.pool;
+    const int channels = chain_.stages[chain_.count - 1].layer->shape.k;
+    const int h = chain_.final_h, w = chain_.final_w, out_h = pool.out(h), out_w = pool.out(w);
+    const int64_t element = element_size(block_.dtype);
+    for (int image = 0; image < images_; ++image)
+      for (int y = y0; y < y1; ++y)
+        for (int x = 0; x < out_w; ++x) {
+          const int top = y * pool.stride - pool.pad, left = x * pool.stride - pool.pad;
+          window.clear();
+          for (int r = std::max(0, top); r < std::min(h, top + pool.kernel); ++r)
+            for (int q = std::max(0, left); q < std::min(w, left + pool.kernel); ++q)
+              window.push_back(pool_ + ((int64_t{image} * chain_.pool_capacity + r - lo_[chain_.count]) * w + q) *
+                                           chain_.pool_pitch / 4);
+          kernels_.max_rows(window.data(), static_cast<int>(window.size()), channels,
+                            out_ + ((int64_t{image} * out_h + y) * out_w + x) * channels * element,
+                            block_.dtype == DType::kBf16);
+        }
+  }
+};
+
+// ---- schedule ----------------------------------------------------------------------------------------------------
+constexpr int kUnitPixels = 392;  // output pixels of a unit over which its weights are streamed once
+constexpr int kStepPixels = 224;  // output pixels of a step: enough tiles per panel, and the levels stay in L2
+constexpr int kWinogradStepPixels = 448;
+constexpr int kSplitPixels = 128;  // fewer output pixels per thread than this: threads share channels
+
+Schedule choose_schedule(const Chain& chain, int threads) {
+  const Block& b = chain.block;
+  const int out_h = b.pool.kernel ? b.pool.out(chain.final_h) : chain.final_h;
+  const int out_w = b.pool.kernel ? b.pool.out(chain.final_w) : chain.final_w;
+  const int64_t pixels = int64_t{out_h} * out_w;
+  Schedule p{};
+  p.images = static_cast<int>(std::clamp<int64_t>(ceil_div(kUnitPixels / 2, pixels), 1, std::max(1, b.n / threads)));
+  p.split_channels = threads > 1 && b.n * pixels < int64_t{kSplitPixels} * threads;
+  if (p.split_channels) {
+    p.images = b.n;
+    p.bands = 1;
+    p.rows = out_h;
+    return p;
+  }
+  // Bands until the units share out evenly, of four rows at least.
+  const int64_t groups = ceil_div(b.n, p.images);
+  p.bands = 1;
+  while (p.bands < threads && out_h >= 4 * (p.bands + 1) &&
+         ceil_div(groups * p.bands, threads) * threads * 10 > groups * p.bands * 11)
+    ++p.bands;
+  const int band = static_cast<int>(ceil_div(out_h, p.bands));
+  bool winograd = false;
+  int m = 1;
+  for (int l = 0; l < chain.count; ++l)
+    if (chain.stages[l].m) {
+      winograd = true;
+      m = chain.stages[l].m;
+    }
+  const int64_t target = winograd ? kWinogradStepPixels : kStepPixels;
+  int64_t rows = std::clamp<int64_t>(ceil_div(target, int64_t{out_w} * p.images), 1, band);
+  rows = ceil_div(band, ceil_div(band, rows));  // steps of equal height
+  p.rows = static_cast<int>(std::min<int64_t>(band, round_up<int64_t>(rows, m)));
+  return p;
+}
+
+void check_pack(const Kernels& kernels, const Block& b, const Layer& layer, const char* name) {
+  const PackHeader& h = *layer.packed;
+  const ConvShape& s = layer.shape;
+  const PackShape p = pack_shape(kernels, s, b.dtype, layer.algorithm);
+  if (h.magic != kPackMagic)
+    throw std::invalid_argument(std::string(name) + ": expected packed weights, got other data");
+  if (h.isa != static_cast<int>(kernels.isa))
+    throw std::invalid_argument(std::string(name) + ": packed for another instruction set than " + kernels.name +
+                                "; pack again");
+  if (h.algorithm != static_cast<int>(layer.algorithm) || h.bf16 != p.bf16)
+    throw std::invalid_argument(std::string(name) + ": packed for another algorithm or dtype; pack again");
+  if (h.k != s.k || h.c != s.c || h.r != s.r || h.s != s.s || h.groups != s.groups)
+    throw std::invalid_argument(std::string(name) + ": packed weight has shape [" + std::to_string(h.k) + ", " +
+                                std::to_string(h.c / h.groups) + ", " + std::to_string(h.r) + ", " +
+                                std::to_string(h.s) + "], expected [" + std::to_string(s.k) + ", " +
+                                std::to_string(s.c / s.groups) + ", " + std::to_string(s.r) + ", " +
+                                std::to_string(s.s) + "]");
+}
+
+}  // namespace
+
+Schedule schedule(const Kernels& kernels, const Block& block, int threads) {
+  Chain chain(kernels, block);
+  chain.fit(choose_schedule(chain, threads));
+  return chain.plan;
+}
+
+void run_block(const Kernels& kernels, const Block& block, const Parallel& parallel) {
+  for (int l = 0; l < block.layer_count; ++l) check_pack(kernels, block, block.layers[l], "weight");
+  if (block.has_projection) check_pack(kernels, block, block.projection, "projection");
+  Chain chain(kernels, block);
+  if (block.n == 0 || chain.final_h <= 0 || chain.final_w <= 0) return;
+  chain.fit(choose_schedule(chain, parallel.threads));
+  const int out_h = block.pool.kernel ? block.pool.out(chain.final_h) : chain.final_h;
+  const Schedule& p = chain.plan;
+  if (p.split_channels) {
+    Unit(chain, 0, block.n, 0, out_h).run_split(parallel);
+    return;
+  }
+  const int band = static_cast<int>(ceil_div(out_h, p.bands));
+  auto units = [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) {
+      const int image = static_cast<int>(u / p.bands) * p.images, y = static_cast<int>(u % p.bands) * band;
+      if (y < out_h) Unit(chain, image, std::min(p.images, block.n - image), y, std::min(out_h, y + band)).run();
+    }
+  };
+  parallel.run(
+      ceil_div(block.n, p.images) * p.bands,
+      [](int64_t a, int64_t b, void* f) { (*static_cast<decltype(units)*>(f))(a, b); }, &units);
+}
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,141 @@
+#include "cost.h"
+
+#include <algorithm>
+
+#include "isa.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+// Rates of one thread. Peaks were measured with the register tile alone on data in L1 (GFLOP/s, Sapphire Rapids at
+// 1.7-2.1 GHz; avx512_bf16: Zen 5): what counts is their ratio.
+struct Rates {
+  double f32, bf16;
+};
+constexpr Rates kRates[kIsaCount] = {{13e9, 13e9}, {55e9, 55e9}, {110e9, 110e9}, {110e9, 220e9}, {110e9, 900e9}};
+constexpr double kBandwidth = 8e9;  // bytes/s of a thread between L2 and what lies behind it
+constexpr double kInCache = 30e9;   // bytes/s of Winograd's transforms, through L2
+constexpr double kLaunch = 4e-6;    // of one parallel region
+constexpr double kOwnEfficiency = 0.88, kVendorEfficiency = 0.85;  // share of the peak outside memory traffic
+
+double rate(Isa isa, bool bf16) {
+  return bf16 ? kRates[static_cast<int>(isa)].bf16 : kRates[static_cast<int>(isa)].f32;
+}
+
+double conv_flops(const ConvShape& s, int64_t pixels) {
+  return 2.0 * static_cast<double>(pixels) * s.k * (s.c / s.groups) * s.r * s.s;
+}
+
+double padded(int64_t v, int64_t unit) { return static_cast<double>((v + unit - 1) / unit * unit); }
+
+struct Geometry {
+  int h[4], w[4];  // of x, then of each layer's output
+  int64_t out_pixels, in_pixels;
+  double out_bytes, in_bytes;
+};
+Geometry geometry(const Block& b) {
+  Geometry g{};
+  g.h[0] = b.h;
+  g.w[0] = b.w;
+  for (int l = 0; l < b.layer_count; ++l) {
+    g.h[l + 1] = b.layers[l].shape.out_h(g.h[l]);
+    g.w[l + 1] = b.layers[l].shape.out_w(g.w[l]);
+  }
+  int h = g.h[b.layer_count], w = g.w[b.layer_count];
+  if (b.pool.kernel) {
+    h = b.pool.out(h);
+    w = b.pool.out(w);
+  }
+  g.in_pixels = int64_t{b.n} * b.h * b.w;
+  g.out_pixels = int64_t{b.n} * h * w;
+  g.in_bytes = static_cast<double>(g.in_pixels * b.layers[0].shape.c * element_size(b.dtype));
+  g.out_bytes = static_cast<double>(g.out_pixels * b.layers[b.layer_count - 1].shape.k * element_size(b.dtype));
+  return g;
+}
+
+// Seconds of one thread for one layer's products, waste of partial panels and tiles included.
+double layer_seconds(const Kernels& kernels, DType dtype, const Layer& layer, int64_t n, int out_h, int out_w) {
+  const ConvShape& s = layer.shape;
+  const PackShape pack = pack_shape(kernels, s, dtype, layer.algorithm);
+  const double columns = static_cast<double>(s.groups) * pack.panels * kernels.panel;
+  const int m = winograd_m(layer.algorithm);
+  if (m) {
+    const double tiles = static_cast<double>(n) * padded(out_h, m) / m * (padded(out_w, m) / m);
+    const double products = 2.0 * tiles * (m + 2) * (m + 2) * s.c * columns;
+    const double moved = tiles * (m + 2) * (m + 2) * 4 * 2 * (s.c + columns);
+    return products / (rate(kernels.isa, false) * kOwnEfficiency) + moved / kInCache;
+  }
+  const double words = static_cast<double>(pack.words) * pack.taps * (pack.bf16 ? 2 : 1);
+  const double pixels = static_cast<double>(n) * out_h * out_w;
+  return 2.0 * pixels * words * columns / (rate(kernels.isa, pack.bf16) * kOwnEfficiency);
+}
+
+}  // namespace
+
+Cost block_cost(const Kernels& kernels, const Block& b, int threads) {
+  const Geometry g = geometry(b);
+  const Schedule p = schedule(kernels, b, threads);
+  Cost c{};
+  double seconds = 0;
+  for (int l = 0; l < b.layer_count; ++l) {
+    const int64_t pixels = int64_t{b.n} * g.h[l + 1] * g.w[l + 1];
+    c.flops += conv_flops(b.layers[l].shape, pixels);
+    double layer = layer_seconds(kernels, b.dtype, b.layers[l], b.n, g.h[l + 1], g.w[l + 1]);
+    // rows between two bands are computed twice
+    if (l + 1 < b.layer_count && !p.split_channels) {
+      const ConvShape& next = b.layers[l + 1].shape;
+      layer *= 1.0 + double((next.r - 1) * next.dil_h) * (p.bands - 1) / std::max(1, g.h[l + 1]);
+    }
+    seconds += layer;
+  }
+  if (b.has_projection) {
+    const int l = b.layer_count;
+    c.flops += conv_flops(b.projection.shape, int64_t{b.n} * g.h[l] * g.w[l]);
+    seconds += layer_seconds(kernels, b.dtype, b.projection, b.n, g.h[l], g.w[l]);
+  }
+  c.bytes = g.in_bytes + g.out_bytes + (b.residual && b.residual != b.x ? g.out_bytes : 0);
+  seconds += c.bytes / kBandwidth;
+  const int64_t units = p.split_channels ? threads : (b.n + p.images - 1) / p.images * p.bands;
+  const double share = padded(units, threads) / std::max<int64_t>(1, units);  // the slowest thread's
+  c.seconds = seconds * share / threads + kLaunch * (p.split_channels ? b.layer_count : 1);
+  c.workspace_bytes = p.workspace_bytes;
+  c.note = p.split_channels
+               ? "threads share channels"
+               : std::to_string(p.images) + (p.images == 1 ? " image, " : " images, ") + std::to_string(p.rows) +
+                     " rows a step" + (p.bands > 1 ? ", " + std::to_string(p.bands) + " bands" : "");
+  return c;
+}
+
+Cost vendor_cost(const Block& b, int threads) {
+  // oneDNN takes the best instruction set of the machine, whatever this library was told to take.
+  Isa best = Isa::kPortable;
+  for (int i = 0; i < kIsaCount; ++i)
+    if (isa_runs(static_cast<Isa>(i))) best = static_cast<Isa>(i);
+  const Geometry g = geometry(b);
+  const double element = static_cast<double>(element_size(b.dtype));
+  Cost c{};
+  double seconds = 0, bytes = 0;
+  auto add = [&](const ConvShape& s, int64_t in_pixels, int64_t out_pixels) {
+    const double flops = conv_flops(s, out_pixels);
+    c.flops += flops;
+    seconds += flops / (rate(best, b.dtype == DType::kBf16) * kVendorEfficiency);
+    bytes += (static_cast<double>(in_pixels) * s.c + static_cast<double>(out_pixels) * s.k) * element;
+    c.seconds += kLaunch;
+  };
+  for (int l = 0; l < b.layer_count; ++l)
+    add(b.layers[l].shape, int64_t{b.n} * g.h[l] * g.w[l], int64_t{b.n} * g.h[l + 1] * g.w[l + 1]);
+  const int64_t last = int64_t{b.n} * g.h[b.layer_count] * g.w[b.layer_count];
+  if (b.has_projection) add(b.projection.shape, g.in_pixels, last);
+  if (b.has_projection || b.residual)
+    bytes += static_cast<double>(last) * b.layers[b.layer_count - 1].shape.k * element;
+  if (b.pool.kernel) {  // a kernel of its own
+    bytes += static_cast<double>(last) * b.layers[0].shape.k * element + g.out_bytes;
+    c.seconds += kLaunch;
+  }
+  c.bytes = bytes;
+  c.seconds += (seconds + bytes / kBandwidth) / threads;
+  c.note = "one kernel a layer";
+  return c;
+}
+
+}  // namespace resnet_fused::cpu

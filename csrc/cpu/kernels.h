@@ -1,0 +1,98 @@
+// The leaf kernels: everything that depends on the instruction set, behind one table of function pointers.
+//
+// One source (kernels_impl.h) is compiled once per instruction set (kernels_*.cpp), each with its own compiler
+// flags; the loops around the leaves (chain.cpp, stem.cpp) are compiled once, without any. No std container is used
+// inside the leaves: a template instantiated there with AVX-512 flags could be picked by the linker for everybody.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+// What the Python bindings, a library of their own, call in this one.
+#define RF_EXPORT __attribute__((visibility("default")))
+
+namespace resnet_fused::cpu {
+
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
+constexpr int kIsaCount = 5;
+
+constexpr int kMaxPanel = 32;    // widest panel of output channels of any instruction set
+constexpr int kMaxSubTile = 16;  // tallest half of a register tile of any instruction set
+constexpr int kMaxTileRows = 2 * kMaxSubTile;
+
+// One tap of the convolution window: byte offsets of its operands from the tile's and the panel's start.
+struct Tap {
+  ptrdiff_t a, b;
+};
+
+// c[2 * rows][panel] (+)= sum over taps and k of a[row][tap.a + k] * b[tap.b + k][panel].
+// A row of A is `words` consecutive 32-bit words: one float32, or two bfloat16. Rows come in two sub-tiles, each with
+// a start of its own and one common distance between rows: two rows of a 7-pixel-wide image make one 14-row tile.
+struct GemmArgs {
+  const char* a[2];
+  ptrdiff_t lda;  // bytes between rows of a sub-tile
+  const Tap* taps;
+  int tap_count;
+  int words;  // per tap
+  const char* b;
+  float* c;
+  bool accumulate;
+};
+using GemmFn = void (*)(const GemmArgs&);
+
+// out[dst[i]] = relu?(c[i] * scale + shift + residual[i]), for every row i with dst[i] >= 0.
+struct EpilogueArgs {
+  const float* c;  // [rows][panel]
+  int rows;
+  int columns;         // valid ones of the panel; scratch outputs take the whole panel
+  const float* scale;  // [panel], padded with zeros
+  const float* shift;
+  const char* residual;      // addressed like out, or null; may be out itself
+  ptrdiff_t residual_pitch;  // bytes between pixels
+  char* out;
+  ptrdiff_t out_pitch;  // bytes between pixels
+  const int32_t* dst;   // pixel index of each row; negative: dropped
+  bool bf16_residual, bf16_out;
+  bool relu;
+  bool stream;  // non-temporal stores: out is 64-byte aligned and takes whole cache lines
+};
+
+// Winograd F(m x m, 3x3): a tile of (m+2)^2 pixels becomes (m+2)^2 frequencies, and frequencies become m^2 pixels.
+struct WinogradIn {
+  const float* src;      // the tile's first pixel, channel 0
+  ptrdiff_t row, pixel;  // in floats
+  float* dst;            // [frequency][...][channel]
+  ptrdiff_t frequency;   // in floats
+  int channels;          // a multiple of the panel
+};
+struct WinogradOut {
+  const float* src;     // [frequency][...][panel]
+  ptrdiff_t frequency;  // in floats
+  float* c;             // [m * m][panel]
+};
+
+struct Kernels {
+  Isa isa;
+  const char* name;
+  int panel;                         // output channels of a tile
+  int sub_min, sub_max;              // heights of a sub-tile for float32
+  GemmFn gemm_f32[kMaxSubTile + 1];  // by height of the sub-tile, sub_min..sub_max
+  int bf16_sub;                      // height of a sub-tile for bfloat16; 0: no such instruction, compute in float32
+  int bf16_word_multiple;            // words per tap are padded to a multiple of this
+  GemmFn gemm_bf16;
+  void (*begin)();  // per thread, before and after a run of gemm_bf16 calls (AMX tile configuration)
+  void (*end)();
+  void (*epilogue)(const EpilogueArgs&);
+  void (*winograd_in[2])(const WinogradIn&);  // F(2x2), F(4x4)
+  void (*winograd_out[2])(const WinogradOut&);
+  // max over `count` rows (each a pointer to `channels` floats); NaN wins, as in torch
+  void (*max_rows)(const float* const* rows, int count, int channels, char* out, bool bf16_out);
+  void (*bf16_to_f32)(const uint16_t* src, float* dst, int64_t count);
+};
+
+const Kernels& kernels_portable();
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+const Kernels& kernels_avx512_bf16();
+const Kernels& kernels_amx();
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,419 @@
+// The leaf kernels of one instruction set. A kernels_*.cpp defines RF_TABLE (the function to define), RF_ISA and
+// RF_NAME, is compiled with that instruction set's flags, and includes this file.
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using namespace resnet_fused::cpu;
+
+// ---- register tile ---------------------------------------------------------------------------------------------
+// AVX-512: up to 14 rows x 2 vectors of 16 (28 of 32 registers); AVX2: 6 x 2 x 8 (12 of 16); portable: 4 x 2 x 4.
+#if defined(__AVX512F__)
+constexpr int kSubMin = 4, kSubMax = 7;
+#elif defined(__AVX2__)
+constexpr int kSubMin = 3, kSubMax = 3;
+#else
+constexpr int kSubMin = 2, kSubMax = 2;
+#endif
+constexpr int kPanel = 2 * kLanes;
+
+struct F32Product {
+  static RF_INLINE Vec apply(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+};
+#if defined(__AVX512BF16__)
+struct Bf16Product {
+  static RF_INLINE Vec apply(Vec a, Vec b, Vec c) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)a); }
+};
+#endif
+
+// The asm keeps GCC from carrying elements of A between rows and iterations in registers that it does not have.
+RF_INLINE Vec broadcast(const char* p) {
+#if defined(__AVX512F__)
+  __m512 v;
+  asm("vbroadcastss %1, %0" : "=v"(v) : "m"(*reinterpret_cast<const float*>(p)));
+  return v;
+#elif defined(__AVX2__)
+  __m256 v;
+  asm("vbroadcastss %1, %0" : "=x"(v) : "m"(*reinterpret_cast<const float*>(p)));
+  return v;
+#else
+  float f;
+  std::memcpy(&f, p, 4);
+  return splat(f);
+#endif
+}
+
+// `Unroll` steps of k. Rows are addressed as three per base pointer (base, base + lda, base + 2 * lda), which x86
+// encodes: 14 rows need 6 pointers and one stride, and fit the 16 general registers.
+template <class Product, int Sub, int Unroll>
+RF_INLINE void gemm_steps(Vec (&c)[2 * Sub][2], const char* const (&base)[2][(Sub + 2) / 3], ptrdiff_t lda, ptrdiff_t k,
+                          const float* b) {
+#pragma GCC unroll 8
+  for (int u = 0; u < Unroll; ++u) {
+    const Vec b0 = load(b + u * kPanel), b1 = load(b + u * kPanel + kLanes);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 8
+      for (int i = 0; i < Sub; ++i) {
+        const Vec a = broadcast(base[half][i / 3] + k + (i % 3) * lda + u * 4);
+        Vec(&row)[2] = c[half * Sub + i];
+        row[0] = Product::apply(a, b0, row[0]);
+        row[1] = Product::apply(a, b1, row[1]);
+      }
+    }
+  }
+}
+
+template <class Product, int Sub>
+void gemm(const GemmArgs& args) {
+  constexpr int kUnroll = 4;
+  Vec c[2 * Sub][2];
+  if (args.accumulate) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * Sub; ++i) {
+      c[i][0] = load(args.c + i * kPanel);
+      c[i][1] = load(args.c + i * kPanel + kLanes);
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * Sub; ++i) c[i][0] = c[i][1] = Vec{};
+  }
+  const ptrdiff_t lda = args.lda;
+  for (int t = 0; t < args.tap_count; ++t) {
+    const char* base[2][(Sub + 2) / 3];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 3
+      for (int j = 0; j < (Sub + 2) / 3; ++j) base[half][j] = args.a[half] + args.taps[t].a + 3 * j * lda;
+    }
+    const float* b = reinterpret_cast<const float*>(args.b + args.taps[t].b);
+    int left = args.words;
+    for (; left >= kUnroll; left -= kUnroll) {
+      gemm_steps<Product, Sub, kUnroll>(c, base, lda, 0, b);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 3
+        for (int j = 0; j < (Sub + 2) / 3; ++j) base[half][j] += kUnroll * 4;
+      }
+      b += kUnroll * kPanel;
+    }
+#pragma GCC unroll 1
+    for (ptrdiff_t k = 0; k < left; ++k, b += kPanel) gemm_steps<Product, Sub, 1>(c, base, lda, 4 * k, b);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 2 * Sub; ++i) {
+    store(args.c + i * kPanel, c[i][0]);
+    store(args.c + i * kPanel + kLanes, c[i][1]);
+  }
+}
+
+// ---- AMX tile --------------------------------------------------------------------------------------------------
+#if defined(__AMX_BF16__)
+// Two sub-tiles of 16 rows by two blocks of 16 columns: four accumulators, two tiles of A, two of B.
+// A constant in memory: GCC 12's _tile_loadconfig tells the compiler of 8 of the 64 bytes that it reads, and the stores
+// into a local one would be dropped.
+struct alignas(64) AmxConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+const AmxConfig kAmxConfig;
+void amx_begin() { _tile_loadconfig(&kAmxConfig); }
+void amx_end() { _tile_release(); }
+
+void gemm_amx(const GemmArgs& args) {
+  constexpr int kRowBytes = kPanel * 4;
+  if (args.accumulate) {
+    _tile_loadd(0, args.c, kRowBytes);
+    _tile_loadd(1, args.c + 16, kRowBytes);
+    _tile_loadd(2, args.c + 16 * kPanel, kRowBytes);
+    _tile_loadd(3, args.c + 16 * kPanel + 16, kRowBytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int t = 0; t < args.tap_count; ++t) {
+    const char* a0 = args.a[0] + args.taps[t].a;
+    const char* a1 = args.a[1] + args.taps[t].a;
+    const char* b = args.b + args.taps[t].b;
+    for (int k = 0; k < args.words; k += 16) {  // loads between products: they then hide behind them
+      _tile_loadd(4, a0, args.lda);
+      _tile_loadd(6, b, kRowBytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + 64, kRowBytes);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a1, args.lda);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+      a0 += 64;
+      a1 += 64;
+      b += 16 * kRowBytes;
+    }
+  }
+  _tile_stored(0, args.c, kRowBytes);
+  _tile_stored(1, args.c + 16, kRowBytes);
+  _tile_stored(2, args.c + 16 * kPanel, kRowBytes);
+  _tile_stored(3, args.c + 16 * kPanel + 16, kRowBytes);
+}
+#endif
+
+// ---- epilogue --------------------------------------------------------------------------------------------------
+template <bool kBf16Residual, bool kBf16Out>
+void epilogue_full(const EpilogueArgs& e) {
+  const Vec scale0 = load(e.scale), scale1 = load(e.scale + kLanes);
+  const Vec shift0 = load(e.shift), shift1 = load(e.shift + kLanes);
+  for (int i = 0; i < e.rows; ++i) {
+    const ptrdiff_t pixel = e.dst[i];
+    if (pixel < 0) continue;
+    Vec v0 = fma(load(e.c + i * kPanel), scale0, shift0);
+    Vec v1 = fma(load(e.c + i * kPanel + kLanes), scale1, shift1);
+    if (e.residual) {
+      const char* r = e.residual + pixel * e.residual_pitch;
+      if (kBf16Residual) {
+        v0 += load_bf16(reinterpret_cast<const uint16_t*>(r));
+        v1 += load_bf16(reinterpret_cast<const uint16_t*>(r) + kLanes);
+      } else {
+        v0 += load(reinterpret_cast<const float*>(r));
+        v1 += load(reinterpret_cast<const float*>(r) + kLanes);
+      }
+    }
+    if (e.relu) {
+      v0 = relu(v0);
+      v1 = relu(v1);
+    }
+    char* o = e.out + pixel * e.out_pitch;
+    if (kBf16Out) {
+      if (e.stream) {
+        stream_bf16_pair(reinterpret_cast<uint16_t*>(o), v0, v1);
+      } else {
+        store_bf16(reinterpret_cast<uint16_t*>(o), v0);
+        store_bf16(reinterpret_cast<uint16_t*>(o) + kLanes, v1);
+      }
+    } else if (e.stream) {
+      stream(reinterpret_cast<float*>(o), v0);
+      stream(reinterpret_cast<float*>(o) + kLanes, v1);
+    } else {
+      store(reinterpret_cast<float*>(o), v0);
+      store(reinterpret_cast<float*>(o) + kLanes, v1);
+    }
+  }
+}
+
+// The last panel of a tensor whose channels do not fill it: through a row on the stack, element by element.
+void epilogue_tail(const EpilogueArgs& e) {
+  for (int i = 0; i < e.rows; ++i) {
+    const ptrdiff_t pixel = e.dst[i];
+    if (pixel < 0) continue;
+    const char* r = e.residual ? e.residual + pixel * e.residual_pitch : nullptr;
+    float row[kPanel] = {};
+    for (int j = 0; j < e.columns; ++j) {
+      if (r && e.bf16_residual) {
+        uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(r)[j]) << 16;
+        std::memcpy(&row[j], &bits, 4);
+      } else if (r) {
+        row[j] = reinterpret_cast<const float*>(r)[j];
+      }
+    }
+    uint16_t half[kPanel];
+    for (int v = 0; v < kPanel; v += kLanes) {
+      Vec x = fma(load(e.c + i * kPanel + v), load(e.scale + v), load(e.shift + v)) + load(row + v);
+      if (e.relu) x = relu(x);
+      store(row + v, x);
+      store_bf16(half + v, x);
+    }
+    char* o = e.out + pixel * e.out_pitch;
+    if (e.bf16_out) {
+      for (int j = 0; j < e.columns; ++j) reinterpret_cast<uint16_t*>(o)[j] = half[j];
+    } else {
+      for (int j = 0; j < e.columns; ++j) reinterpret_cast<float*>(o)[j] = row[j];
+    }
+  }
+}
+
+void epilogue(const EpilogueArgs& e) {
+  if (e.columns < kPanel) {
+    epilogue_tail(e);
+  } else if (e.bf16_residual) {
+    e.bf16_out ? epilogue_full<true, true>(e) : epilogue_full<true, false>(e);
+  } else {
+    e.bf16_out ? epilogue_full<false, true>(e) : epilogue_full<false, false>(e);
+  }
+}
+
+// ---- Winograd --------------------------------------------------------------------------------------------------
+// Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015 (F(2x2, 3x3): points 0, 1, -1, inf).
+// F(4x4, 3x3) takes the points 0, 1, -1, 2, -1/2, inf: a third of the error of the usual 0, 1, -1, 2, -2, inf
+// (Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd Convolution", 2018), as many operations.
+template <int kM>
+struct Winograd;
+
+template <>
+struct Winograd<2> {
+  static RF_INLINE void in(const Vec (&d)[4], Vec (&o)[4]) {
+    o[0] = d[0] - d[2];
+    o[1] = d[1] + d[2];
+    o[2] = d[2] - d[1];
+    o[3] = d[1] - d[3];
+  }
+  static RF_INLINE void out(const Vec (&m)[4], Vec (&o)[2]) {
+    o[0] = m[0] + m[1] + m[2];
+    o[1] = m[1] - m[2] - m[3];
+  }
+};
+
+template <>
+struct Winograd<4> {
+  static RF_INLINE void in(const Vec (&d)[6], Vec (&o)[6]) {
+    const Vec even = d[4] - d[2], odd = d[3] - d[1];
+    o[0] = fma(splat(-1.5f), odd, d[0] - d[2] + even);
+    o[1] = fma(splat(-1.5f), d[2], fma(splat(-0.5f), d[3], even - d[1]));
+    o[2] = fma(splat(1.5f), d[2], fma(splat(-2.5f), d[3], even + d[1]));
+    o[3] = fma(splat(0.5f), odd, even);
+    o[4] = fma(splat(-2.0f), odd, even);
+    o[5] = fma(splat(-1.5f), even, d[5] - d[3] - odd);
+  }
+  static RF_INLINE void out(const Vec (&m)[6], Vec (&o)[4]) {
+    const Vec sum = m[1] + m[2], difference = m[1] - m[2];
+    o[0] = (m[0] + sum) + (m[3] + m[4]);
+    o[1] = fma(splat(2.0f), m[3], fma(splat(-0.5f), m[4], difference));
+    o[2] = fma(splat(4.0f), m[3], fma(splat(0.25f), m[4], sum));
+    o[3] = fma(splat(8.0f), m[3], fma(splat(-0.125f), m[4], difference)) + m[5];
+  }
+};
+
+template <int kM>
+void winograd_in(const WinogradIn& w) {
+  constexpr int kT = kM + 2;
+  for (int v = 0; v < w.channels; v += kLanes) {
+    Vec columns[kT][kT];  // [column][frequency along y]
+#pragma GCC unroll 6
+    for (int x = 0; x < kT; ++x) {
+      Vec d[kT];
+#pragma GCC unroll 6
+      for (int y = 0; y < kT; ++y) d[y] = load(w.src + y * w.row + x * w.pixel + v);
+      Winograd<kM>::in(d, columns[x]);
+    }
+#pragma GCC unroll 6
+    for (int y = 0; y < kT; ++y) {
+      Vec d[kT], o[kT];
+#pragma GCC unroll 6
+      for (int x = 0; x < kT; ++x) d[x] = columns[x][y];
+      Winograd<kM>::in(d, o);
+#pragma GCC unroll 6
+      for (int x = 0; x < kT; ++x) store(w.dst + (y * kT + x) * w.frequency + v, o[x]);
+    }
+  }
+}
+
+template <int kM>
+void winograd_out(const WinogradOut& w) {
+  constexpr int kT = kM + 2;
+#pragma GCC unroll 2
+  for (int v = 0; v < kPanel; v += kLanes) {
+    Vec columns[kT][kM];  // [frequency along x][row]
+#pragma GCC unroll 6
+    for (int x = 0; x < kT; ++x) {
+      Vec m[kT];
+#pragma GCC unroll 6
+      for (int y = 0; y < kT; ++y) m[y] = load(w.src + (y * kT + x) * w.frequency + v);
+      Winograd<kM>::out(m, columns[x]);
+    }
+#pragma GCC unroll 4
+    for (int y = 0; y < kM; ++y) {
+      Vec m[kT], o[kM];
+#pragma GCC unroll 6
+      for (int x = 0; x < kT; ++x) m[x] = columns[x][y];
+      Winograd<kM>::out(m, o);
+#pragma GCC unroll 4
+      for (int x = 0; x < kM; ++x) store(w.c + (y * kM + x) * kPanel + v, o[x]);
+    }
+  }
+}
+
+// ---- pooling and conversion ------------------------------------------------------------------------------------
+void max_rows(const float* const* rows, int count, int channels, char* out, bool bf16_out) {
+  int v = 0;
+  for (; v + kLanes <= channels; v += kLanes) {
+    Vec m = load(rows[0] + v);
+    for (int r = 1; r < count; ++r) m = max_nan(m, load(rows[r] + v));
+    if (bf16_out)
+      store_bf16(reinterpret_cast<uint16_t*>(out) + v, m);
+    else
+      store(reinterpret_cast<float*>(out) + v, m);
+  }
+  for (; v < channels; ++v) {
+    float m = rows[0][v];
+    for (int r = 1; r < count; ++r) m = rows[r][v] > m || rows[r][v] != rows[r][v] ? rows[r][v] : m;
+    if (bf16_out) {
+      uint16_t half[kLanes];
+      store_bf16(half, splat(m));
+      reinterpret_cast<uint16_t*>(out)[v] = half[0];
+    } else {
+      reinterpret_cast<float*>(out)[v] = m;
+    }
+  }
+}
+
+void bf16_to_f32(const uint16_t* src, float* dst, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(dst + i, load_bf16(src + i));
+  for (; i < count; ++i) {
+    uint32_t bits = static_cast<uint32_t>(src[i]) << 16;
+    std::memcpy(&dst[i], &bits, 4);
+  }
+}
+
+[[maybe_unused]] void nothing() {}  // what begin and end do without AMX
+
+constexpr Kernels make_table() {
+  Kernels k{};
+  k.isa = RF_ISA;
+  k.name = RF_NAME;
+  k.panel = kPanel;
+  k.sub_min = kSubMin;
+  k.sub_max = kSubMax;
+#if defined(__AVX512F__)
+  k.gemm_f32[4] = gemm<F32Product, 4>;
+  k.gemm_f32[5] = gemm<F32Product, 5>;
+  k.gemm_f32[6] = gemm<F32Product, 6>;
+  k.gemm_f32[7] = gemm<F32Product, 7>;
+#else
+  k.gemm_f32[kSubMax] = gemm<F32Product, kSubMax>;
+#endif
+#if defined(__AMX_BF16__)
+  k.bf16_sub = 16;
+  k.bf16_word_multiple = 16;
+  k.gemm_bf16 = gemm_amx;
+  k.begin = amx_begin;
+  k.end = amx_end;
+#elif defined(__AVX512BF16__)
+  k.bf16_sub = kSubMax;
+  k.bf16_word_multiple = 1;
+  k.gemm_bf16 = gemm<Bf16Product, kSubMax>;
+  k.begin = k.end = nothing;
+#else
+  k.bf16_sub = 0;
+  k.bf16_word_multiple = 1;
+  k.gemm_bf16 = nullptr;
+  k.begin = k.end = nothing;
+#endif
+  k.epilogue = epilogue;
+  k.winograd_in[0] = winograd_in<2>;
+  k.winograd_in[1] = winograd_in<4>;
+  k.winograd_out[0] = winograd_out<2>;
+  k.winograd_out[1] = winograd_out<4>;
+  k.max_rows = max_rows;
+  k.bf16_to_f32 = bf16_to_f32;
+  return k;
+}
+
+constexpr Kernels kTable = make_table();
+
+}  // namespace
+
+namespace resnet_fused::cpu {
+const Kernels& RF_TABLE() { return kTable; }
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,90 @@
+// One vector of float32, as wide as the compiler's flags allow, on GNU vector extensions; the few operations that
+// the language has no operator for are written per instruction set. Included by kernels_impl.h only.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define RF_INLINE __attribute__((always_inline)) inline
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+typedef float VecUnaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint16_t VecHUnaligned __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+
+RF_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
+RF_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
+RF_INLINE Vec splat(float v) { return Vec{} + v; }
+
+RF_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Comparison against zero keeps a NaN, as torch's ReLU does.
+RF_INLINE Vec relu(Vec v) { return v < Vec{} ? Vec{} : v; }
+
+RF_INLINE Vec load_bf16(const uint16_t* p) {
+  VecU bits = __builtin_convertvector(static_cast<VecH>(*reinterpret_cast<const VecHUnaligned*>(p)), VecU) << 16;
+  return reinterpret_cast<Vec>(bits);
+}
+
+// Round to nearest even; a NaN stays a NaN (the plain addition could carry it into infinity).
+RF_INLINE void store_bf16(uint16_t* p, Vec v) {
+#if defined(__AVX512BF16__)
+  __m256bh half = _mm512_cvtneps_pbh(v);
+  std::memcpy(p, &half, sizeof(half));
+#else
+  VecU bits = reinterpret_cast<VecU>(v);
+  VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  VecU quiet = (bits >> 16) | 0x40u;
+  VecI is_nan = v != v;
+  VecU chosen = is_nan ? quiet : rounded;
+  *reinterpret_cast<VecHUnaligned*>(p) = __builtin_convertvector(chosen, VecH);
+#endif
+}
+
+RF_INLINE void stream(float* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+
+RF_INLINE void stream_bf16_pair(uint16_t* p, Vec low, Vec high) {
+#if defined(__AVX512BF16__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)_mm512_cvtne2ps_pbh(high, low));
+#else
+  store_bf16(p, low);
+  store_bf16(p + kLanes, high);
+#endif
+}
+
+// The larger of two; a NaN on either side wins.
+RF_INLINE Vec max_nan(Vec m, Vec v) {
+  VecI take = (v > m) | (v != v);
+  return take ? v : m;
+}
+
+}  // namespace

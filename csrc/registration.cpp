@@ -1,0 +1,260 @@
+// The tensor ops of the native library, on the LibTorch stable ABI: one shared object for every Python and torch
+// >= 2.11. Their schemas are defined in Python (resnet_fused/kernels/cpu.py); here are the checks, the output and the
+// launch.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/block.h"
+#include "cpu/isa.h"
+#include "cpu/memory.h"
+
+namespace {
+
+namespace stable = torch::stable;
+namespace cpu = resnet_fused::cpu;
+using stable::Tensor;
+using torch::headeronly::ScalarType;
+using Ints = std::vector<int64_t>;
+
+cpu::Parallel torch_threads() {
+  return {[](int64_t count, cpu::ParallelBody body, void* context) {
+            stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+          },
+          static_cast<int>(stable::get_num_threads())};
+}
+
+cpu::DType dtype_of(const Tensor& t, const char* name) {
+  if (t.scalar_type() == ScalarType::Float) return cpu::DType::kF32;
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16, name, ": expected float32 or bfloat16, got another dtype");
+  return cpu::DType::kBf16;
+}
+
+cpu::Algorithm algorithm_of(const std::string& name) {
+  if (name == "direct") return cpu::Algorithm::kDirect;
+  if (name == "winograd2") return cpu::Algorithm::kWinograd2;
+  STD_TORCH_CHECK(name == "winograd4", "algorithm: expected direct, winograd2 or winograd4, got ", name);
+  return cpu::Algorithm::kWinograd4;
+}
+
+// NCHW sizes in NHWC order, without gaps; strides of dimensions of size 1 do not matter.
+void check_image(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4, name, ": expected 4 dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+  int64_t expected = 1;
+  for (int d : {1, 3, 2, 0}) {
+    STD_TORCH_CHECK(t.size(d) <= 1 || t.numel() == 0 || t.stride(d) == expected, name,
+                    ": expected channels_last memory format");
+    expected *= t.size(d);
+  }
+}
+
+const float* vector_of(const Tensor& t, int64_t size, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.dim() == 1, name,
+                  ": expected a contiguous float32 CPU vector");
+  STD_TORCH_CHECK(t.size(0) == size, name, ": expected ", size, " channels, got ", t.size(0));
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+cpu::Layer layer_of(const Tensor& packed, const Tensor& scale, const Tensor& shift, cpu::ConvShape shape,
+                    cpu::Algorithm algorithm, bool relu, const char* name) {
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+                      packed.numel() >= static_cast<int64_t>(sizeof(cpu::PackHeader)),
+                  name, ": expected a tensor made by _cpu_pack");
+  cpu::Layer l;
+  l.shape = shape;
+  l.algorithm = algorithm;
+  l.packed = static_cast<const cpu::PackHeader*>(packed.const_data_ptr());
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(l.packed) % 64 == 0, name,
+                  ": expected packed weights aligned to 64 bytes");
+  l.scale = vector_of(scale, shape.k, "scale");
+  l.shift = vector_of(shift, shape.k, "shift");
+  l.relu = relu;
+  return l;
+}
+
+const cpu::PackHeader& header_of(const Tensor& packed) {
+  STD_TORCH_CHECK(
+      packed.scalar_type() == ScalarType::Byte && packed.numel() >= static_cast<int64_t>(sizeof(cpu::PackHeader)),
+      "packed: expected a tensor made by _cpu_pack");
+  return *static_cast<const cpu::PackHeader*>(packed.const_data_ptr());
+}
+
+Tensor new_output(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
+  const int64_t bytes = n * c * h * w * cpu::element_size(dtype_of(like, "x"));
+  void* data = cpu::pool_allocate(static_cast<size_t>(bytes));
+  const int64_t sizes[] = {n, c, h, w}, strides[] = {h * w * c, 1, w * c, c};
+  return stable::from_blob(data, {sizes, 4}, {strides, 4}, like.device(), like.scalar_type(), &cpu::pool_free);
+}
+
+cpu::Block block_of(const Tensor& x) {
+  check_image(x, "x");
+  cpu::Block b;
+  b.n = static_cast<int>(x.size(0));
+  b.h = static_cast<int>(x.size(2));
+  b.w = static_cast<int>(x.size(3));
+  b.dtype = dtype_of(x, "x");
+  b.x = x.const_data_ptr();
+  return b;
+}
+
+Tensor run(const Tensor& x, cpu::Block& b) {
+  int h = b.h, w = b.w;
+  STD_TORCH_CHECK(x.size(1) == b.layers[0].shape.c, "x: expected ", b.layers[0].shape.c, " channels, got ", x.size(1));
+  for (int l = 0; l < b.layer_count; ++l) {
+    w = b.layers[l].shape.out_w(w);
+    h = b.layers[l].shape.out_h(h);
+  }
+  if (b.pool.kernel) {
+    h = b.pool.out(h);
+    w = b.pool.out(w);
+  }
+  STD_TORCH_CHECK(h > 0 && w > 0, "x: the image is smaller than the kernel, ", b.h, "x", b.w);
+  Tensor out = new_output(x, b.n, b.layers[b.layer_count - 1].shape.k, h, w);
+  b.out = out.mutable_data_ptr();
+  cpu::run_block(cpu::kernels(), b, torch_threads());
+  return out;
+}
+
+int pick(const Ints& v, size_t i) { return static_cast<int>(v.size() == 1 ? v[0] : v.at(i)); }
+
+cpu::ConvShape conv_shape(int c, int k, int kernel, int stride, int dilation) {
+  cpu::ConvShape s;
+  s.c = c;
+  s.k = k;
+  s.r = s.s = kernel;
+  s.stride_h = s.stride_w = stride;
+  s.dil_h = s.dil_w = dilation;
+  s.pad_h = s.pad_w = (kernel / 2) * dilation;
+  return s;
+}
+
+// Winograd where asked for and possible: a 3x3 of a block with stride or dilation runs direct.
+cpu::Algorithm three_by_three(const cpu::ConvShape& s, cpu::Algorithm wanted) {
+  return s.stride_h == 1 && s.dil_h == 1 ? wanted : cpu::Algorithm::kDirect;
+}
+
+Tensor cpu_pack(const Tensor& weight, int64_t groups, std::string layout) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.is_cpu() && weight.is_contiguous(),
+                  "weight: expected a contiguous 4-D CPU tensor");
+  cpu::ConvShape s;
+  s.k = static_cast<int>(weight.size(0));
+  s.c = static_cast<int>(weight.size(1) * groups);
+  s.r = static_cast<int>(weight.size(2));
+  s.s = static_cast<int>(weight.size(3));
+  s.groups = static_cast<int>(groups);
+  const cpu::DType dtype = dtype_of(weight, "weight");
+  const cpu::Algorithm algorithm = algorithm_of(layout);
+  const cpu::Kernels& kernels = cpu::kernels();
+  const int64_t bytes = cpu::pack_shape(kernels, s, dtype, algorithm).bytes;
+  Tensor out = stable::empty({&bytes, 1}, ScalarType::Byte, std::nullopt, weight.device());
+  cpu::pack(kernels, s, dtype, algorithm, weight.const_data_ptr(), out.mutable_data_ptr(), torch_threads());
+  return out;
+}
+
+Tensor cpu_conv(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& shift,
+                std::optional<Tensor> residual, Ints kernel, Ints stride, Ints padding, Ints dilation, int64_t groups,
+                bool relu, std::string algorithm) {
+  cpu::Block b = block_of(x);
+  cpu::ConvShape s;
+  s.c = header_of(packed).c;
+  s.k = header_of(packed).k;
+  s.r = pick(kernel, 0);
+  s.s = pick(kernel, 1);
+  s.stride_h = pick(stride, 0);
+  s.stride_w = pick(stride, 1);
+  s.pad_h = pick(padding, 0);
+  s.pad_w = pick(padding, 1);
+  s.dil_h = pick(dilation, 0);
+  s.dil_w = pick(dilation, 1);
+  s.groups = static_cast<int>(groups);
+  b.layer_count = 1;
+  b.layers[0] = layer_of(packed, scale, shift, s, algorithm_of(algorithm), relu, "packed");
+  if (residual) {
+    check_image(*residual, "residual");
+    STD_TORCH_CHECK(residual->size(0) == b.n && residual->size(1) == s.k && residual->size(2) == s.out_h(b.h) &&
+                        residual->size(3) == s.out_w(b.w) && residual->scalar_type() == x.scalar_type(),
+                    "residual: expected the shape and dtype of the output");
+    b.residual = residual->const_data_ptr();
+  }
+  return run(x, b);
+}
+
+// Shortcut of a block: its projection, or x itself.
+void add_shortcut(cpu::Block& b, const Tensor& x, const std::optional<Tensor>& w, const std::optional<Tensor>& scale,
+                  const std::optional<Tensor>& shift, int stride, int out_channels) {
+  if (w) {
+    b.has_projection = true;
+    b.projection =
+        layer_of(*w, scale.value(), shift.value(), conv_shape(static_cast<int>(x.size(1)), out_channels, 1, stride, 1),
+                 cpu::Algorithm::kDirect, false, "wd");
+  } else {
+    STD_TORCH_CHECK(stride == 1 && x.size(1) == out_channels, "wd: a projection is needed where stride is not 1 (",
+                    stride, ") or channels change (", x.size(1), " to ", out_channels, ")");
+    b.residual = x.const_data_ptr();
+  }
+}
+
+Tensor cpu_bottleneck(const Tensor& x, const Tensor& w1, const Tensor& s1, const Tensor& b1, const Tensor& w2,
+                      const Tensor& s2, const Tensor& b2, const Tensor& w3, const Tensor& s3, const Tensor& b3,
+                      std::optional<Tensor> wd, std::optional<Tensor> sd, std::optional<Tensor> bd, int64_t stride1,
+                      int64_t stride2, int64_t dilation, std::string algorithm) {
+  cpu::Block b = block_of(x);
+  const int c = static_cast<int>(x.size(1)), mid1 = header_of(w1).k, mid2 = header_of(w2).k, out = header_of(w3).k;
+  const cpu::ConvShape middle = conv_shape(mid1, mid2, 3, static_cast<int>(stride2), static_cast<int>(dilation));
+  b.layer_count = 3;
+  b.layers[0] =
+      layer_of(w1, s1, b1, conv_shape(c, mid1, 1, static_cast<int>(stride1), 1), cpu::Algorithm::kDirect, true, "w1");
+  b.layers[1] = layer_of(w2, s2, b2, middle, three_by_three(middle, algorithm_of(algorithm)), true, "w2");
+  b.layers[2] = layer_of(w3, s3, b3, conv_shape(mid2, out, 1, 1, 1), cpu::Algorithm::kDirect, true, "w3");
+  add_shortcut(b, x, wd, sd, bd, static_cast<int>(stride1 * stride2), out);
+  return run(x, b);
+}
+
+Tensor cpu_basic_block(const Tensor& x, const Tensor& w1, const Tensor& s1, const Tensor& b1, const Tensor& w2,
+                       const Tensor& s2, const Tensor& b2, std::optional<Tensor> wd, std::optional<Tensor> sd,
+                       std::optional<Tensor> bd, int64_t stride, int64_t dilation, std::string algorithm) {
+  cpu::Block b = block_of(x);
+  const int c = static_cast<int>(x.size(1)), mid = header_of(w1).k, out = header_of(w2).k;
+  const cpu::ConvShape first = conv_shape(c, mid, 3, static_cast<int>(stride), static_cast<int>(dilation));
+  const cpu::ConvShape second = conv_shape(mid, out, 3, 1, static_cast<int>(dilation));
+  b.layer_count = 2;
+  b.layers[0] = layer_of(w1, s1, b1, first, three_by_three(first, algorithm_of(algorithm)), true, "w1");
+  b.layers[1] = layer_of(w2, s2, b2, second, three_by_three(second, algorithm_of(algorithm)), true, "w2");
+  add_shortcut(b, x, wd, sd, bd, static_cast<int>(stride), out);
+  return run(x, b);
+}
+
+Tensor cpu_stem(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& shift, Ints kernel,
+                Ints stride, Ints padding, int64_t pool_kernel, int64_t pool_stride, int64_t pool_padding) {
+  cpu::Block b = block_of(x);
+  cpu::ConvShape s;
+  s.c = header_of(packed).c;
+  s.k = header_of(packed).k;
+  s.r = pick(kernel, 0);
+  s.s = pick(kernel, 1);
+  s.stride_h = pick(stride, 0);
+  s.stride_w = pick(stride, 1);
+  s.pad_h = pick(padding, 0);
+  s.pad_w = pick(padding, 1);
+  b.layer_count = 1;
+  b.layers[0] = layer_of(packed, scale, shift, s, cpu::Algorithm::kDirect, true, "packed");
+  b.pool = {static_cast<int>(pool_kernel), static_cast<int>(pool_stride), static_cast<int>(pool_padding)};
+  return run(x, b);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
+  m.impl("_cpu_pack", TORCH_BOX(&cpu_pack));
+  m.impl("_cpu_conv", TORCH_BOX(&cpu_conv));
+  m.impl("_cpu_bottleneck", TORCH_BOX(&cpu_bottleneck));
+  m.impl("_cpu_basic_block", TORCH_BOX(&cpu_basic_block));
+  m.impl("_cpu_stem", TORCH_BOX(&cpu_stem));
+}

@@ -1,0 +1,5 @@
+"""`python -m resnet_fused` is the command line."""
+
+from .cli import app
+
+app()

@@ -1,0 +1,140 @@
+"""The command line, `resnet-fused`: bench, verify, explain, env."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import bench as benchmark
+from . import environment, report
+from .errors import BackendError, InputError
+from .explain import explain as explain_model
+from .fuse import fuse
+from .kernels import native
+from .verify import verify as verify_model
+
+app = typer.Typer(
+    help="Residual CNNs, fused: the same outputs, faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+console = Console()
+
+Model = Annotated[str, typer.Argument(help="A model of resnet_fused.models.")]
+Batch = Annotated[int, typer.Option(help="Pictures in a batch.")]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Accuracy = Annotated[str, typer.Option(help="strict, or fast: Winograd in fp32 too.")]
+Backend = Annotated[str, typer.Option(help="auto, or one backend for every block.")]
+
+
+@contextmanager
+def errors_in_one_sentence() -> Iterator[None]:
+    """Turn an error in what the user asked for into one line and exit code 2."""
+    try:
+        yield
+    except (InputError, BackendError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def bench(
+    model: Model = "resnet50",
+    batch: Batch = 16,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp32 and then bf16 if left out.")] = None,
+    device: Device = "cpu",
+    accuracy: Annotated[str | None, typer.Option(help="strict or fast; left out, both where they differ.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time to spend on each group of interleaved timings.")] = 15.0,
+    json: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the result here, as PNG.")] = None,
+) -> None:
+    """Verify the fused model and time it against the original, on real pictures.
+
+    Exit code 1 if parity does not hold.
+    """
+    with errors_in_one_sentence():
+        dtypes = ("fp32", "bf16") if dtype is None else (dtype,)
+        job = benchmark.Job(model, batch, dtypes, device, accuracy, seconds)
+        report.check_output("--json", json)
+        report.check_output("--plot", plot, ".png")
+        if plot:
+            benchmark.require("matplotlib", "matplotlib", "plots")
+        columns = (TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("start", total=1.0)
+            result = benchmark.run(job, lambda what, share: progress.update(task, description=what, completed=share))
+        report.print_result(result, console)
+        if json:
+            report.write_json(result, json)
+        if plot:
+            report.plot(result, plot)
+        raise typer.Exit(0 if result["parity"]["ok"] else 1)
+
+
+@app.command()
+def verify(
+    model: Model = "resnet50",
+    batch: Batch = 4,
+    dtype: Dtype = "fp32",
+    device: Device = "cpu",
+    accuracy: Accuracy = "strict",
+    backend: Backend = "auto",
+) -> None:
+    """Prove parity, block by block and end to end, against a float64 reference.
+
+    Exit code 1 if parity does not hold.
+    """
+    with errors_in_one_sentence():
+        unfused, x = benchmark.prepare(benchmark.Job(model, batch, (dtype,), device, accuracy), dtype)
+        outcome = verify_model(unfused, fuse(unfused, backend=backend, accuracy=accuracy), x)
+        console.print(outcome)
+        raise typer.Exit(0 if outcome.ok else 1)
+
+
+@app.command()
+def explain(
+    model: Model = "resnet50",
+    batch: Batch = 16,
+    dtype: Dtype = "fp32",
+    device: Device = "cpu",
+    accuracy: Accuracy = "strict",
+    backend: Backend = "auto",
+) -> None:
+    """Show which kernel runs every block at this shape, and why."""
+    with errors_in_one_sentence():
+        unfused, x = benchmark.prepare(benchmark.Job(model, batch, (dtype,), device, accuracy), dtype)
+        console.print(explain_model(fuse(unfused, backend=backend, accuracy=accuracy), x))
+
+
+@app.command()
+def env(
+    kernels: Annotated[bool, typer.Option("--kernels", help="List the compiled kernels as well.")] = False,
+) -> None:
+    """Show versions, the native library's state, instruction sets and threads."""
+    table = Table("what", "value", title="Environment")
+    for name, version in environment.versions().items():
+        table.add_row(name, version)
+    in_use, runnable = environment.instruction_sets()
+    table.add_row("processor", environment.device_name("cpu"))
+    table.add_row("threads", str(torch.get_num_threads()))
+    table.add_row("GPU", environment.device_name("cuda") if torch.cuda.is_available() else "none that torch can use")
+    table.add_row("native library", "loaded" if native.available() else f"not loaded: {native.reason()}")
+    table.add_row("instruction set in use", in_use)
+    table.add_row("instruction sets here", ", ".join(runnable) or "none")
+    console.print(table)
+    if kernels:
+        entries = environment.kernel_table()
+        listing = Table(*(entries[0] if entries else ("kernel",)), title="Compiled kernels")
+        for entry in entries:
+            listing.add_row(*map(str, entry.values()))
+        console.print(listing)

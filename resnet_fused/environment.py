@@ -1,0 +1,45 @@
+"""What this machine and this installation are: for `resnet-fused env` and for every benchmark result."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import torch
+
+from ._version import __version__
+from .kernels import native
+
+
+def device_name(device: str) -> str:
+    """The processor's or GPU's own name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def versions() -> dict[str, str]:
+    """Versions of the package, of Python and of the libraries that take part, by distribution name."""
+    found = {"resnet_fused": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("torchvision", "transformers", "triton"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def instruction_sets() -> tuple[str, list[str]]:
+    """The CPU instruction set in use (`"none"` without the native library) and all that can run here."""
+    return native.isa(), list(native.bindings.isas()) if native.bindings is not None else []
+
+
+def kernel_table() -> list[dict[str, object]]:
+    """The compiled kernels, one mapping each; empty without the native library."""
+    return list(native.bindings.kernel_table()) if native.bindings is not None else []

@@ -1,0 +1,291 @@
+"""How a piece of a model runs as one op: the folded BatchNorms, the op's arguments, and when it has to run unfused."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import ops
+from .ops._common import channels_last
+
+
+_address = Tensor.data_ptr
+_version = operator.attrgetter("_version")
+
+
+class _State(threading.local):
+    # Set per thread in __init__, not on the class: torch.compile guards on what it finds in the instance.
+    def __init__(self) -> None:
+        self.unfused = False
+        self.running: tuple[nn.Module, ...] = ()
+
+
+_state = _State()
+
+
+@contextlib.contextmanager
+def unfused() -> Iterator[None]:
+    """Run fused models through their original modules, in this thread: what `verify` compares with."""
+    previous = _state.unfused
+    _state.unfused = True
+    try:
+        yield
+    finally:
+        _state.unfused = previous
+
+
+def enter(owner: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of a module whose children run fused, but only inside its own forward (see `Fusion.owner`)."""
+    _state.running = (*_state.running, owner)
+
+
+def leave(owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook that ends what `enter` began."""
+    _state.running = _state.running[:-1]
+
+
+def restore_format(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a fused model: gives 4-D outputs the memory format that the unfused model would have given them.
+
+    That is channels_last if the first 4-D input is, or if the weights are; contiguous otherwise.
+    """
+    images = [t for t in pytree.tree_leaves(output) if is_image(t) and only_channels_last(t)]
+    if not images:
+        return output
+    inputs = [t for t in pytree.tree_leaves((args, kwargs)) if is_image(t)]
+    if not inputs or channels_last(inputs[0]) or any(p.dim() == 4 and only_channels_last(p) for p in module.parameters()):
+        return output
+    contiguous = {id(t): t.contiguous() for t in images}
+    return pytree.tree_map(lambda t: contiguous.get(id(t), t), output)
+
+
+def is_image(value: Any) -> bool:
+    """Whether a value is a 4-D tensor."""
+    return isinstance(value, Tensor) and value.dim() == 4
+
+
+def only_channels_last(t: Tensor) -> bool:
+    """Whether a tensor is channels_last and not also contiguous, as every tensor of 1x1 images is."""
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+OWN_HOOKS = (enter, leave, restore_format)
+
+
+class Layer(NamedTuple):
+    """A convolution and the BatchNorm after it; `eps` only if the BatchNorm has none of its own to read."""
+
+    conv: nn.Conv2d
+    norm: nn.Module
+    eps: float | None = None
+
+    def sources(self) -> list[tuple[dict[str, Tensor], str]]:
+        """Where the tensors that scale and shift depend on are kept, as (dictionary, key)."""
+        kept = [
+            (store, name)
+            for name in ("weight", "bias", "running_mean", "running_var")
+            for store in (self.norm._parameters, self.norm._buffers)
+            if store.get(name) is not None
+        ]
+        if self.conv.bias is not None:
+            kept.append((self.conv._parameters, "bias"))
+        return kept  # type: ignore[return-value]
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift, [K], in float32 (float64 for a float64 BatchNorm); differentiable."""
+        norm = self.norm
+        dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
+        eps = norm.eps if self.eps is None else self.eps
+        deviation = (norm.running_var.to(dtype) + eps).sqrt()
+        scale = deviation.reciprocal() if norm.weight is None else norm.weight.to(dtype) / deviation
+        mean = norm.running_mean.to(dtype)
+        if self.conv.bias is not None:
+            mean = mean - self.conv.bias.to(dtype)
+        shift = -mean * scale
+        if norm.bias is not None:
+            shift = norm.bias.to(dtype) + shift
+        return scale, shift
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a fusion runs.
+
+    Attributes:
+        backend: as in `fuse`.
+        accuracy: as in `fuse`.
+        channels_last: convert the input, so that the output is channels_last as well.
+    """
+
+    backend: str = "auto"
+    accuracy: str = "strict"
+    channels_last: bool = False
+
+
+Arguments = Sequence[tuple[Tensor, Tensor, Tensor]]  # weight, scale and shift of each layer
+
+
+class Fusion:
+    """A piece of a model that runs as one op.
+
+    Args:
+        layers: its convolutions with their BatchNorms, a projection last.
+        steps: what runs in its place when it is unfused, in order: one block, or a chain of modules.
+        inside: the modules that the op replaces, as (dictionary of the parent's children, name): a hook on one of them,
+            or another module in its place, and the original modules run.
+        whole: dictionaries of children that must not grow either.
+        options: the op's geometry.
+        settings: how to run.
+        owner: for a chain that `owner`'s forward calls by name: fused only inside that forward, so that calling one of
+            its modules from elsewhere gives that module's own output.
+    """
+
+    op: ClassVar[str]
+
+    _kept: tuple[list[Any], list[Tensor], list[tuple[Tensor, Tensor]]] | None = None
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        steps: Sequence[nn.Module],
+        inside: Sequence[tuple[dict[str, nn.Module | None], str]],
+        options: dict[str, Any],
+        settings: Settings,
+        whole: Sequence[dict[str, nn.Module | None]] = (),
+        owner: nn.Module | None = None,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.steps = tuple(steps)
+        self.options = options
+        self.settings = settings
+        self.owner = owner
+        self._inside = list(inside)
+        self._modules = [children[name] for children, name in inside]
+        self._whole = list(whole)
+        self._size = sum(map(len, whole))
+        # Held directly: all of these are looked at on every call.
+        self._present = [m for m in self._modules if m is not None]
+        self._hooks = [
+            hooks
+            for m in self._present
+            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
+        self._sources = [source for layer in layers for source in layer.sources()]
+        self._norms = [layer.norm for layer in layers if layer.eps is None]
+        self._weights = [layer.conv._parameters for layer in layers]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The key of the kept vectors holds addresses, which mean nothing in a copy.
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+    def why_unfused(self, x: Any) -> str | None:
+        """Why the original modules have to run now, or None if the op can."""
+        if any(self._hooks):
+            return "a hook on a module inside it"
+        if self.changed():
+            return "a module inside it was replaced after fusing"
+        if any([m.training for m in self._present]):
+            return "a module inside it is in train mode"
+        if _state.unfused:
+            return "inside unfused()"
+        if self.owner is not None and self.owner not in _state.running:
+            return "called from outside of the model's own forward"
+        if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+            return "autocast is on"
+        return None
+
+    def changed(self) -> bool:
+        """Whether the modules inside are no longer the ones it was made from."""
+        return (
+            sum(map(len, self._whole)) != self._size
+            or [children.get(name) for children, name in self._inside] != self._modules
+        )
+
+    def run(self, x: Tensor) -> Tensor:
+        """The op's output for the input `x` [N, C, H, W]."""
+        settings = self.settings
+        if settings.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.compute(x, self.arguments(), settings.backend, settings.accuracy)
+
+    def arguments(self) -> Arguments:
+        """Weight, scale and shift of every layer; scales and shifts are kept until what they come from changes."""
+        if torch.compiler.is_compiling():
+            return self.fold()
+        sources = [store[name] for store, name in self._sources]
+        if torch.is_grad_enabled() and any([t.requires_grad for t in sources]):
+            return self.fold()
+        # In-place changes show in the version (inference tensors have none), `.data = ...` in the address.
+        key = [*map(id, sources), *map(_address, sources), *[norm.eps for norm in self._norms]]
+        with contextlib.suppress(RuntimeError):
+            key += map(_version, sources)
+        kept = self._kept
+        if kept is None or kept[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                # The aliases hold the storage, so that no other tensor can come by the same address.
+                kept = self._kept = (key, [t.detach() for t in sources], [layer.fold() for layer in self.layers])
+        return [(weights["weight"], *vectors) for weights, vectors in zip(self._weights, kept[2], strict=True)]
+
+    def fold(self) -> Arguments:
+        """`arguments`, computed afresh and differentiable."""
+        return [(layer.conv.weight, *layer.fold()) for layer in self.layers]
+
+    def refold(self) -> None:
+        """Forget the kept scales and shifts."""
+        self._kept = None
+
+    def compute(self, x: Tensor, arguments: Arguments, backend: str, accuracy: str) -> Tensor:
+        """Call the op."""
+        raise NotImplementedError
+
+
+class ConvBNActFusion(Fusion):
+    """Convolution, BatchNorm, and ReLU or no activation."""
+
+    op = "conv_bn_act"
+
+    def compute(self, x: Tensor, arguments: Arguments, backend: str, accuracy: str) -> Tensor:  # noqa: D102
+        return ops.conv_bn_act(x, *arguments[0], **self.options, backend=backend, accuracy=accuracy)
+
+
+class StemFusion(Fusion):
+    """Convolution, BatchNorm, ReLU, max pooling."""
+
+    op = "stem"
+
+    def compute(self, x: Tensor, arguments: Arguments, backend: str, accuracy: str) -> Tensor:  # noqa: D102
+        return ops.stem(x, *arguments[0], **self.options, backend=backend, accuracy=accuracy)
+
+
+class BasicBlockFusion(Fusion):
+    """Two 3x3 layers and the shortcut, its projection last."""
+
+    op = "basic_block"
+
+    def compute(self, x: Tensor, arguments: Arguments, backend: str, accuracy: str) -> Tensor:  # noqa: D102
+        (w1, s1, b1), (w2, s2, b2), *projection = arguments
+        wd, sd, bd = projection[0] if projection else (None, None, None)
+        scales = {"s1": s1, "s2": s2, "sd": sd}
+        return ops.basic_block(x, w1, b1, w2, b2, wd, bd, **scales, **self.options, backend=backend, accuracy=accuracy)
+
+
+class BottleneckFusion(Fusion):
+    """1x1, 3x3 and 1x1 layers and the shortcut, its projection last."""
+
+    op = "bottleneck"
+
+    def compute(self, x: Tensor, arguments: Arguments, backend: str, accuracy: str) -> Tensor:  # noqa: D102
+        (w1, s1, b1), (w2, s2, b2), (w3, s3, b3), *projection = arguments
+        wd, sd, bd = projection[0] if projection else (None, None, None)
+        scales = {"s1": s1, "s2": s2, "s3": s3, "sd": sd}
+        return ops.bottleneck(
+            x, w1, b1, w2, b2, w3, b3, wd, bd, **scales, **self.options, backend=backend, accuracy=accuracy
+        )

@@ -1,0 +1,50 @@
+"""Loads the native library (`_native.so`: tensor ops) and its Python bindings (`_bindings`: kernel table, cost model).
+
+Neither has to be there: importing never fails, and `reason()` keeps why.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+# The one owner of the namespace: every schema is defined through it, in Python, so an op exists without native code.
+library = torch.library.Library("resnet_fused", "DEF")
+
+LIBRARY_PATH = Path(__file__).parent.parent / "_native.so"
+
+bindings: ModuleType | None = None
+_reason: str | None = "not loaded yet"
+
+
+def available() -> bool:
+    """Whether the native kernels can be called."""
+    return _reason is None
+
+
+def reason() -> str | None:
+    """Why the native kernels cannot be called, in one sentence, or None."""
+    return _reason
+
+
+def isa() -> str:
+    """The instruction set the native kernels use now, `"none"` without them."""
+    return bindings.isa() if bindings is not None else "none"
+
+
+def load() -> None:
+    """Load the library and the bindings, once the schemas of the private ops are defined; keeps the reason on failure."""
+    global bindings, _reason
+    if not LIBRARY_PATH.exists():
+        _reason = f"{LIBRARY_PATH} is not there: the package was installed without its native library"
+        return
+    try:
+        torch.ops.load_library(LIBRARY_PATH)
+        bindings = importlib.import_module("resnet_fused._bindings")
+    except (OSError, ImportError, RuntimeError) as error:
+        _reason = f"{LIBRARY_PATH.name} does not load: {' '.join(str(error).split())}"
+        return
+    _reason = None

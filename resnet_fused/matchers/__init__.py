@@ -1,0 +1,1 @@
+"""What can be fused: matchers propose by structure, and `probe` lets through what computes the same."""

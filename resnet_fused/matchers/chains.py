@@ -1,0 +1,115 @@
+"""Convolution, BatchNorm (, ReLU (, max pooling)) as separate modules that their parent calls one after another.
+
+In an nn.Sequential the order is known. Elsewhere the parent's forward is traced once by torch.fx, with its children as
+opaque calls: a chain is fused only if the trace shows that each member is called once and that nothing else uses what
+passes between them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..fusion import Fusion, Settings
+from ..mixins import original_class
+from .blocks import single_layer
+from .layers import Model, Refused, activation, check_inside, is_norm, make_layer
+
+Place = tuple[dict[str, nn.Module | None], str]  # the children of a module, and one of their names
+
+
+def match_chain(
+    modules: Sequence[nn.Module], places: Sequence[Place], model: Model, settings: Settings, owner: nn.Module | None
+) -> tuple[int, list[Fusion]]:
+    """How many of the modules, called in this order, one op replaces, and what that op may be.
+
+    Raises:
+        Refused: the first two are a convolution and a BatchNorm but cannot be fused.
+    """
+    conv, norm, *rest = modules
+    assert isinstance(conv, nn.Conv2d)
+    layer = make_layer(conv, norm, model)
+    length, pool = 2, None
+    if rest and is_free(rest[0], model, owner) and activation(rest[0]) == "relu":
+        length = 3
+        if len(rest) > 1 and is_free(rest[1], model, owner) and type(rest[1]) is nn.MaxPool2d:
+            pool = rest[1]
+    common: dict[str, Any] = {"settings": settings, "owner": owner}
+
+    def candidates(length: int, pool: nn.MaxPool2d | None) -> list[Fusion]:
+        found = single_layer(layer, pool, steps=modules[:length], inside=places[:length], **common)
+        return found[:1] if length > 2 else found[1:]  # with ReLU comes first
+
+    if pool is not None:
+        try:
+            return 4, candidates(4, pool)
+        except Refused:
+            pass  # a pooling that no kernel fuses; the layer before it is still one
+    return length, candidates(length, None)
+
+
+def is_free(module: nn.Module, model: Model, owner: nn.Module | None) -> bool:
+    """Whether a module after the BatchNorm may be left out."""
+    try:
+        check_inside(module, model)
+    except Refused:
+        return False
+    return owner is None or model.places[id(module)] == 1
+
+
+def sequential_runs(sequential: nn.Sequential) -> Iterator[tuple[int, list[nn.Module], list[Place]]]:
+    """Where a convolution and a BatchNorm are neighbours: the index, the modules from there on and their places."""
+    names, children = list(sequential._modules), list(sequential)
+    for i, (first, second) in enumerate(zip(children, children[1:], strict=False)):
+        if isinstance(first, nn.Conv2d) and is_norm(second):
+            yield i, children[i : i + 4], [(sequential._modules, name) for name in names[i : i + 4]]
+
+
+def traced_runs(owner: nn.Module) -> Iterator[tuple[list[nn.Module], list[Place]]]:
+    """Each convolution followed by a BatchNorm in `owner`'s forward, with what follows, and their places.
+
+    Raises:
+        Refused: torch.fx cannot trace the forward.
+    """
+    graph = trace(owner)
+    calls = Counter(owner.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module")
+
+    def place(node: fx.Node) -> Place:
+        parent, _, name = str(node.target).rpartition(".")
+        return owner.get_submodule(parent)._modules, name
+
+    for node in graph.nodes:
+        run: list[fx.Node] = []
+        while node.op == "call_module" and len(run) < 4 and calls[owner.get_submodule(str(node.target))] == 1:
+            if run and (node.args != (run[-1],) or node.kwargs):
+                break
+            run.append(node)
+            if len(node.users) != 1:
+                break
+            node = next(iter(node.users))
+        modules = [owner.get_submodule(str(n.target)) for n in run]
+        if len(modules) > 1 and isinstance(modules[0], nn.Conv2d) and is_norm(modules[1]):
+            yield modules, [place(n) for n in run]
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def trace(owner: nn.Module) -> fx.Graph:
+    """The graph of a module's own forward, with its children as single nodes."""
+    # A shallow copy, so that what the forward sets on itself does not stay: during the trace those are proxies.
+    shadow = copy.copy(owner)
+    shadow.__class__ = original_class(owner)
+    try:
+        with torch.no_grad():
+            return _Tracer().trace(shadow)
+    except Exception as error:
+        message = " ".join(str(error).split())[:100]
+        raise Refused(f"the forward of {type(shadow).__name__} cannot be traced: {message}") from None

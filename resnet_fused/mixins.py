@@ -1,0 +1,120 @@
+"""Mixins that let a module run as one op in eval mode, and go back to its own forward whenever it has to.
+
+A fused module is the module it was before: the same object with the same children, parameters and hooks, whose class is
+now a subclass with one of these mixins in front. Nothing is renamed, and giving the class back unfuses it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .fusion import Fusion
+
+
+FUSED_ATTRIBUTES = ("_fusion", "_plan")  # what fusing adds to a module
+
+
+class Fused:
+    """Runs `_fusion` in place of the forward of the class behind it."""
+
+    _fusion: Fusion | None = None
+
+    def fusions(self) -> Sequence[Fusion]:
+        """What of this module runs as fused ops."""
+        return () if self._fusion is None else (self._fusion,)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The fused op in eval mode, the original forward otherwise."""
+        fusion = self._fusion
+        if fusion is None or kwargs or len(args) != 1 or fusion.why_unfused(args[0]) is not None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return fusion.run(args[0])
+
+    # What may change a tensor without a trace on it: fold again afterwards.
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As in torch.nn.Module; `eval()` folds the BatchNorms again."""
+        self._refold()
+        return super().train(mode)  # type: ignore[misc]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._refold()
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._refold()
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def _refold(self) -> None:
+        for fusion in self.fusions():
+            fusion.refold()
+
+    def extra_repr(self) -> str:
+        """As in torch.nn.Module, with the fused ops."""
+        own = super().extra_repr()  # type: ignore[misc]
+        return ", ".join([*filter(None, [own]), *(f"fused={fusion.op}" for fusion in self.fusions())])
+
+
+class Skipped(Fused):
+    """Passes its input on where the module at the head of its chain has computed the output already."""
+
+    def fusions(self) -> Sequence[Fusion]:
+        """None of its own."""
+        return ()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The input if the chain runs fused, the original forward otherwise."""
+        fusion = self._fusion
+        if fusion is None or kwargs or len(args) != 1 or fusion.why_unfused(args[0]) is not None:
+            return super(Fused, self).forward(*args, **kwargs)  # type: ignore[misc]
+        return args[0]
+
+
+class FusedSequential(Fused):
+    """Runs neighbours in an nn.Sequential as one op; the children themselves stay as they are."""
+
+    _plan: tuple[list[nn.Module], list[tuple[tuple[nn.Module, ...], Fusion | None]]] | None = None
+
+    def fusions(self) -> Sequence[Fusion]:
+        """The fused neighbours, in order."""
+        return () if self._plan is None else [fusion for _, fusion in self._plan[1] if fusion is not None]
+
+    def forward(self, input: Any) -> Any:
+        """Each child, or group of fused ones, in turn."""
+        if self._plan is None or list(self._modules.values()) != self._plan[0]:  # type: ignore[attr-defined]
+            return super(Fused, self).forward(input)  # type: ignore[misc]
+        for modules, fusion in self._plan[1]:
+            if fusion is not None and fusion.why_unfused(input) is None:
+                input = fusion.run(input)
+            else:
+                for module in modules:
+                    input = module(input)
+        return input
+
+
+@functools.lru_cache(maxsize=None)
+def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `original` that `mixin` makes run fused; always the same one for the same two."""
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, so pickle and copy have to make it again: from its two parents.
+        _, _, *state = super(cls, self).__reduce_ex__(protocol)
+        return (_rebuild, (mixin, original), *state)
+
+    body = {"__reduce_ex__": reduce, "__module__": __name__, "__doc__": original.__doc__, "original_class": original}
+    cls: Any = type(f"Fused{original.__name__}", (mixin, original), body)
+    return cls
+
+
+def _rebuild(mixin: type[Fused], original: type[nn.Module]) -> nn.Module:
+    cls = fused_class(mixin, original)
+    return cls.__new__(cls)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before it was fused."""
+    return getattr(type(module), "original_class", type(module))

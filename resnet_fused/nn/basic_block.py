@@ -1,0 +1,23 @@
+"""The basic block of ResNet-18 and -34 as a module that is one fused op in eval mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import plain
+from ._drop_in import DropIn
+
+
+class BasicBlock(DropIn, plain.BasicBlock):
+    """torchvision's BasicBlock, one fused op in eval mode; arguments as in `plain.BasicBlock`, and two more.
+
+    Args:
+        args: as in torchvision.
+        backend: as in `resnet_fused.fuse`.
+        accuracy: as in `resnet_fused.fuse`.
+        kwargs: as in torchvision.
+    """
+
+    def __init__(self, *args: Any, backend: str = "auto", accuracy: str = "strict", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._configure(backend, accuracy)

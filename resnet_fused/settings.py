@@ -1,0 +1,61 @@
+"""Environment variables and the `backend` context: the only place that reads either.
+
+| variable | meaning |
+|---|---|
+| `RESNET_FUSED_BACKEND` | backend for every call left at `"auto"`, as if the program ran inside `backend(...)` |
+| `RESNET_FUSED_ISA` | highest CPU instruction set to use, read by the native library |
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .errors import InputError
+
+BACKENDS = ("auto", "cpu", "vendor", "reference")
+ACCURACIES = ("strict", "fast")
+
+
+def one_of(argument: str, value: str, allowed: tuple[str, ...]) -> str:
+    """Return `value`, or raise InputError naming the argument, what it may be and what it is."""
+    if value not in allowed:
+        raise InputError(f"{argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+class _State(threading.local):
+    # Set per thread in __init__, not on the class: torch.compile guards on what it finds in the instance.
+    def __init__(self) -> None:
+        self.backend = os.environ.get("RESNET_FUSED_BACKEND", "auto")
+
+
+_state = _State()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every call whose backend is `"auto"` on backend `name`, in this thread.
+
+    Works around and inside a function under `torch.compile`. A call or module that names its backend keeps it.
+
+    Args:
+        name: one of `"auto"`, `"cpu"`, `"vendor"`, `"reference"`.
+
+    Raises:
+        InputError: unknown name.
+    """
+    one_of("backend", name, BACKENDS)
+    previous = _state.backend
+    _state.backend = name
+    try:
+        yield
+    finally:
+        _state.backend = previous
+
+
+def resolve_backend(name: str) -> str:
+    """The backend a call that asks for `name` gets: the one of the surrounding `backend(...)` where it asks for auto."""
+    return _state.backend if name == "auto" else name

@@ -1,0 +1,213 @@
+"""The geometry of a layer or block: what the planner prices, and where its output shape comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Pair = tuple[int, int]
+
+
+def conv_out(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
+    """Output size of a convolution or pooling along one axis."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One layer: convolution, scale and shift, optional residual, activation. `k` output channels, `r` x `s` taps."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    r: int
+    s: int
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    residual: bool = False
+
+    op = "conv"
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(n, k, output height, output width)."""
+        return (
+            self.n,
+            self.k,
+            conv_out(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0]),
+            conv_out(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1]),
+        )
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the convolution, a multiply and an add being two."""
+        n, k, p, q = self.output_shape
+        return 2 * n * k * p * q * (self.c // self.groups) * self.r * self.s
+
+    @property
+    def winograd(self) -> bool:
+        """Whether Winograd applies: 3x3, stride 1, dilation 1, one group."""
+        return (self.r, self.s) == (3, 3) and self.stride == (1, 1) and self.dilation == (1, 1) and self.groups == 1
+
+    def dims(self) -> dict[str, int]:
+        """The geometry as the cost model takes it."""
+        return {
+            **{name: getattr(self, name) for name in "nchwkrs"},
+            "stride_h": self.stride[0],
+            "stride_w": self.stride[1],
+            "pad_h": self.padding[0],
+            "pad_w": self.padding[1],
+            "dil_h": self.dilation[0],
+            "dil_w": self.dilation[1],
+            "groups": self.groups,
+            "residual": int(self.residual),
+        }
+
+    def layers(self) -> list[Conv]:
+        """The layers it is made of: itself."""
+        return [self]
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """1x1 (stride1), 3x3 (stride2, dilation, groups), 1x1, plus the input or its 1x1 projection."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    mid: int
+    out: int
+    stride1: int = 1
+    stride2: int = 1
+    dilation: int = 1
+    groups: int = 1
+    projection: bool = False
+
+    op = "bottleneck"
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(n, out, output height, output width)."""
+        return self.layers()[-1].output_shape
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of its convolutions."""
+        return sum(layer.flops for layer in self.layers())
+
+    @property
+    def winograd(self) -> bool:
+        """Whether Winograd applies to the 3x3."""
+        return self.stride2 == 1 and self.dilation == 1 and self.groups == 1
+
+    def dims(self) -> dict[str, int]:
+        """The geometry as the cost model takes it."""
+        names = ("n", "c", "h", "w", "mid", "out", "stride1", "stride2", "dilation", "projection")
+        return {name: int(getattr(self, name)) for name in names}
+
+    def layers(self) -> list[Conv]:
+        """The layers it is made of, in the order they run."""
+        n, c, h, w = self.n, self.c, self.h, self.w
+        stride = self.stride1 * self.stride2
+        first = Conv(n, c, h, w, self.mid, 1, 1, (self.stride1,) * 2)
+        d = (self.dilation,) * 2
+        second = Conv(*first.output_shape, self.mid, 3, 3, (self.stride2,) * 2, d, d, self.groups)
+        third = Conv(*second.output_shape, self.out, 1, 1, residual=True)
+        shortcut = [Conv(n, c, h, w, self.out, 1, 1, (stride, stride))] if self.projection else []
+        return [first, second, *shortcut, third]
+
+
+@dataclass(frozen=True)
+class BasicBlock:
+    """3x3 (stride, dilation), 3x3 (dilation), plus the input or its 1x1 projection."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    mid: int
+    out: int
+    stride: int = 1
+    dilation: int = 1
+    projection: bool = False
+
+    op = "basic_block"
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(n, out, output height, output width)."""
+        return self.layers()[-1].output_shape
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of its convolutions."""
+        return sum(layer.flops for layer in self.layers())
+
+    @property
+    def winograd(self) -> bool:
+        """Whether Winograd applies to the second 3x3 (to the first as well if stride is 1)."""
+        return self.dilation == 1
+
+    def dims(self) -> dict[str, int]:
+        """The geometry as the cost model takes it."""
+        names = ("n", "c", "h", "w", "mid", "out", "stride", "dilation", "projection")
+        return {name: int(getattr(self, name)) for name in names}
+
+    def layers(self) -> list[Conv]:
+        """The layers it is made of, in the order they run."""
+        n, c, h, w = self.n, self.c, self.h, self.w
+        d = (self.dilation,) * 2
+        first = Conv(n, c, h, w, self.mid, 3, 3, (self.stride,) * 2, d, d)
+        second = Conv(*first.output_shape, self.out, 3, 3, padding=d, dilation=d, residual=True)
+        shortcut = [Conv(n, c, h, w, self.out, 1, 1, (self.stride,) * 2)] if self.projection else []
+        return [first, *shortcut, second]
+
+
+@dataclass(frozen=True)
+class Stem:
+    """A layer (r x s taps, ReLU) followed by max pooling."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    r: int
+    s: int
+    stride: int = 2
+    padding: int = 3
+    pool_kernel: int = 3
+    pool_stride: int = 2
+    pool_padding: int = 1
+
+    op = "stem"
+    winograd = False
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(n, k, pooled height, pooled width)."""
+        n, k, p, q = self.layers()[0].output_shape
+        pooled = (conv_out(size, self.pool_kernel, self.pool_stride, self.pool_padding) for size in (p, q))
+        return (n, k, *pooled)  # type: ignore[return-value]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the convolution."""
+        return self.layers()[0].flops
+
+    def dims(self) -> dict[str, int]:
+        """The geometry as the cost model takes it."""
+        names = ("n", "c", "h", "w", "k", "r", "s", "stride", "pool_kernel", "pool_stride", "pool_padding")
+        return {name: getattr(self, name) for name in names} | {"pad": self.padding}
+
+    def layers(self) -> list[Conv]:
+        """The layers it is made of: the convolution, without the pooling."""
+        stride, padding = (self.stride,) * 2, (self.padding,) * 2
+        return [Conv(self.n, self.c, self.h, self.w, self.k, self.r, self.s, stride, padding)]
+
+
+Shape = Conv | Bottleneck | BasicBlock | Stem

@@ -1,0 +1,69 @@
+// What the kernels compute, as plain loops in float64.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/block.h"
+
+// A dense NHWC tensor.
+struct Tensor {
+  int n = 0, h = 0, w = 0, c = 0;
+  std::vector<double> data;
+
+  Tensor() = default;
+  Tensor(int n, int h, int w, int c) : n(n), h(h), w(w), c(c), data(static_cast<size_t>(n) * h * w * c) {}
+  double& at(int i, int y, int x, int k) { return data[((static_cast<size_t>(i) * h + y) * w + x) * c + k]; }
+  const double& at(int i, int y, int x, int k) const { return const_cast<Tensor*>(this)->at(i, y, x, k); }
+};
+
+struct ReferenceLayer {
+  resnet_fused::cpu::ConvShape shape;
+  std::vector<double> weight;  // [k][c / groups][r][s]
+  std::vector<double> scale, shift;
+  bool relu = true;
+};
+
+inline void relu(Tensor& t) {
+  for (double& v : t.data) v = v < 0 ? 0 : v;  // NaN stays
+}
+
+// conv(x, weight) * scale + shift, without the activation.
+inline Tensor convolve(const Tensor& x, const ReferenceLayer& layer) {
+  const auto& s = layer.shape;
+  Tensor y(x.n, s.out_h(x.h), s.out_w(x.w), s.k);
+  const int c = s.c / s.groups, k = s.k / s.groups;
+  for (int i = 0; i < y.n; ++i)
+    for (int p = 0; p < y.h; ++p)
+      for (int q = 0; q < y.w; ++q)
+        for (int o = 0; o < s.k; ++o) {
+          double sum = 0;
+          for (int r = 0; r < s.r; ++r)
+            for (int t = 0; t < s.s; ++t) {
+              const int yy = p * s.stride_h - s.pad_h + r * s.dil_h, xx = q * s.stride_w - s.pad_w + t * s.dil_w;
+              if (yy < 0 || yy >= x.h || xx < 0 || xx >= x.w) continue;
+              const double* a = &x.at(i, yy, xx, o / k * c);
+              const double* b = &layer.weight[((static_cast<size_t>(o) * c * s.r) + r) * s.s + t];
+              for (int j = 0; j < c; ++j) sum += a[j] * b[static_cast<size_t>(j) * s.r * s.s];
+            }
+          y.at(i, p, q, o) = sum * layer.scale[o] + layer.shift[o];
+        }
+  return y;
+}
+
+inline Tensor max_pool(const Tensor& x, const resnet_fused::cpu::Pool& pool) {
+  Tensor y(x.n, pool.out(x.h), pool.out(x.w), x.c);
+  for (int i = 0; i < y.n; ++i)
+    for (int p = 0; p < y.h; ++p)
+      for (int q = 0; q < y.w; ++q)
+        for (int k = 0; k < y.c; ++k) {
+          double m = -INFINITY;
+          for (int r = std::max(0, p * pool.stride - pool.pad); r < std::min(x.h, p * pool.stride - pool.pad + pool.kernel); ++r)
+            for (int t = std::max(0, q * pool.stride - pool.pad); t < std::min(x.w, q * pool.stride - pool.pad + pool.kernel); ++t) {
+              const double v = x.at(i, r, t, k);
+              if (v > m || std::isnan(v)) m = v;
+            }
+          y.at(i, p, q, k) = m;
+        }
+  return y;
+}
