@@ -1,4 +1,4 @@
-"""The distinct blocks of a model, each with a real-sized input, for the block benchmarks."""
+"""The distinct blocks of a model, each with the input it gets in the model, for the block benchmarks."""
 
 from dataclasses import dataclass
 
@@ -18,27 +18,22 @@ class Block:
 
 
 def distinct_blocks(model_name: str, batch: int, dtype: str) -> list[Block]:
-    """Return the residual blocks of a ResNet, one for each combination of layers and input shape, in order.
+    """Return the stem and the residual blocks of a ResNet, in order, one for each make-up and input shape.
 
     The inputs are what the blocks see when the model runs on real pictures.
     """
     model = bench.make_model(model_name).to(memory_format=torch.channels_last, dtype=bench.DTYPES[dtype])
     x = bench.real_pictures(batch).to(memory_format=torch.channels_last, dtype=bench.DTYPES[dtype])
-    found: dict[tuple[str, torch.Size], Block] = {}
-
-    def keep(module: nn.Module, inputs: tuple[Tensor]) -> None:
-        kind = (repr(module), inputs[0].shape)
-        if kind not in found:
-            _, channels, height, width = inputs[0].shape
-            label = f"{model_name} {names[module]} {channels}x{height}x{width}"
-            found[kind] = Block(label, module, inputs[0].clone(memory_format=torch.preserve_format))
-
-    names = {
-        module: name for name, module in model.named_modules() if name.startswith("layer") and name.count(".") == 1
+    stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool).eval()
+    blocks = {"stem": stem} | {
+        f"{stage}.{index}": block
+        for stage in ("layer1", "layer2", "layer3", "layer4")
+        for index, block in enumerate(model.get_submodule(stage))
     }
-    handles = [module.register_forward_pre_hook(keep) for module in names]
+    found: dict[tuple[str, torch.Size], Block] = {}
     with torch.inference_mode():
-        model(x)
-    for handle in handles:
-        handle.remove()
+        for name, block in blocks.items():
+            label = f"{name} {'x'.join(map(str, x.shape[1:]))}"
+            found.setdefault((repr(block), x.shape), Block(label, block, x))
+            x = block(x)
     return list(found.values())

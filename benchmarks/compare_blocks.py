@@ -58,15 +58,14 @@ def main(
         "versions": environment.versions(),
         "rows": rows,
     }
-    table = Table(
-        "block", *(f"{name}, ms" for name in CONTENDERS), *(f"{name} / layer-fused" for name in CONTENDERS[2:])
-    )
+    title = "milliseconds, and speed-up over layer-fused"
+    table = Table("block", *CONTENDERS, *(f"{name} x" for name in CONTENDERS[2:]), title=title)
     for row in rows:
         ms = row["ms_median"]
         ratios = [f"{ms['layer-fused'] / ms[name]:.2f}x" for name in CONTENDERS[2:]]
         table.add_row(row["block"], *(f"{ms[name]:.2f}" for name in CONTENDERS), *ratios)
     console = Console()
-    console.print(report.conditions(result) + f", {dtype}, memory reused", style="bold")
+    console.print(f"{report.conditions(result)}, {dtype}, memory reused", style="bold")
     console.print(table)
     if json:
         report.write_json(result, json)

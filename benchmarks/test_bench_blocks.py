@@ -27,7 +27,7 @@ def blocks() -> dict[tuple[str, str], list[Block]]:
 
 CASES = [
     (model, dtype, index)
-    for model, count in (("resnet18", 7), ("resnet50", 8))
+    for model, count in (("resnet18", 8), ("resnet50", 9))
     for dtype in ("fp32", "bf16")
     for index in range(count)
 ]
@@ -41,6 +41,6 @@ def test_block(model, dtype, index, name, blocks, benchmark):
     assert len(blocks[model, dtype]) == len({i for m, d, i in CASES if (m, d) == (model, dtype)})
     block = blocks[model, dtype][index]
     module = contender(block, name)
-    benchmark.group = f"{block.label} {dtype}"
+    benchmark.group = f"{model} {block.label} {dtype}"
     with torch.inference_mode():
         benchmark.pedantic(module, (block.x,), rounds=20, warmup_rounds=2)

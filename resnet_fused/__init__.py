@@ -2,7 +2,9 @@
 
 from . import models, nn, ops
 from ._version import __version__
+from .explain import explain
 from .fuse import fuse, unfuse
 from .settings import backend
+from .verify import verify
 
-__all__ = ["__version__", "backend", "fuse", "models", "nn", "ops", "unfuse"]
+__all__ = ["__version__", "backend", "explain", "fuse", "models", "nn", "ops", "unfuse", "verify"]

@@ -203,7 +203,7 @@ def interleave(
                 synchronize()
                 samples[name].append((time.perf_counter() - started) * 1e3)
             spent = time.perf_counter() - begun
-            on_progress(min(1.0, spent / seconds, done / min_rounds))
+            on_progress(min(1.0, spent / max(seconds, 1e-9), done / min_rounds))
             if done >= min_rounds and spent >= seconds:
                 break
     finally:
@@ -329,12 +329,12 @@ def worker_main(argument: str) -> None:
 
 
 def check_parity(job: Job, dtype: str, accuracy: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fuse the model and return its parity report and its plan's coverage, both as JSON objects."""
+    """Fuse the model and return its parity report and its plan, both as JSON objects."""
     model, x = prepare(job, dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
     fused = fuse(model, accuracy=accuracy)
     tags = {"dtype": dtype, "accuracy": accuracy}
-    report, plan = verify(model, fused, x), explain(fused, x)
-    return tags | report.to_dict(), tags | {"coverage": plan.coverage}
+    return verify(model, fused, x).to_dict() | tags, explain(fused, x).to_dict() | tags
 
 
 def run(job: Job, on_progress: Progress = lambda what, share: None) -> dict[str, Any]:
@@ -360,12 +360,12 @@ def run(job: Job, on_progress: Progress = lambda what, share: None) -> dict[str,
         yield lambda share: on_progress(what, (done + share * seconds) / total)
         done += seconds
 
-    reports, coverage = [], []
+    reports, plans = [], []
     for dtype, accuracy in parity:
         with stage(f"parity, {dtype} {accuracy}", 8.0):
-            report, covered = check_parity(job, dtype, accuracy)
+            report, plan = check_parity(job, dtype, accuracy)
             reports.append(report)
-            coverage.append(covered)
+            plans.append(plan)
 
     spec: dict[str, Any] = {"job": asdict(job)}
     rows: list[dict[str, Any]] = []
@@ -395,7 +395,7 @@ def run(job: Job, on_progress: Progress = lambda what, share: None) -> dict[str,
         "baseline": BASELINE,
         "rows": rows,
         "parity": {"ok": all(report["ok"] for report in reports), "reports": reports},
-        "coverage": coverage,
+        "plans": plans,
     }
 
 

@@ -81,12 +81,13 @@ def unfuse(model: M, inplace: bool = False) -> M:
 def fusions(model: nn.Module) -> dict[str, Fusion]:
     """Everything in a model that runs as a fused op, by the path of what it replaces, in the order of registration."""
     names = {id(module): name for name, module in model.named_modules()}
+    order = {key: i for i, key in enumerate(names)}
+    every = [f for module in model.modules() if isinstance(module, Fused) for f in module.fusions()]
     found = {}
-    for module in model.modules():
-        for fusion in module.fusions() if isinstance(module, Fused) else ():
-            first, *rest = (names[id(step)] for step in fusion.steps)
-            last = rest[-1].rpartition(".")[2] if rest else ""
-            found[f"{first}..{last}" if rest else first] = fusion
+    for fusion in sorted(every, key=lambda fusion: order[id(fusion.steps[0])]):
+        # A module that was replaced since has no path; then the fusion does not run either.
+        first, *rest = (names.get(id(step), "") for step in fusion.steps)
+        found[f"{first}..{rest[-1].rpartition('.')[2]}" if rest else first] = fusion
     return found
 
 
@@ -150,7 +151,7 @@ def find(root: nn.Module, settings: Settings) -> Found:
             candidates = match_block(module, model, settings, residual)
             if not candidates:
                 return False
-            fusion = prober.choose(candidates, f"{model.name(module)} ({original_class(module).__name__})")
+            fusion = prober.choose(candidates, model.name(module))
         except Refused as error:
             refuse(module.modules(), error)
             return False

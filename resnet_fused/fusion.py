@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import ops
+from .kernels import packing
 from .ops._common import channels_last
 
 
@@ -25,7 +26,8 @@ class _State(threading.local):
     # Set per thread in __init__, not on the class: torch.compile guards on what it finds in the instance.
     def __init__(self) -> None:
         self.unfused = False
-        self.running: tuple[nn.Module, ...] = ()
+        # Changed in place only: what torch.compile makes of assigning to a thread-local attribute is not seen by threads.
+        self.running: list[nn.Module] = []
 
 
 _state = _State()
@@ -44,12 +46,12 @@ def unfused() -> Iterator[None]:
 
 def enter(owner: nn.Module, args: tuple[Any, ...]) -> None:
     """Forward pre-hook of a module whose children run fused, but only inside its own forward (see `Fusion.owner`)."""
-    _state.running = (*_state.running, owner)
+    _state.running.append(owner)
 
 
 def leave(owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook that ends what `enter` began."""
-    _state.running = _state.running[:-1]
+    _state.running.pop()
 
 
 def restore_format(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -130,6 +132,13 @@ class Settings:
     channels_last: bool = False
 
 
+class _Kept(NamedTuple):
+    sources: list[Tensor]
+    aliases: list[Tensor]
+    state: list[Any]
+    vectors: list[tuple[Tensor, Tensor]]
+
+
 Arguments = Sequence[tuple[Tensor, Tensor, Tensor]]  # weight, scale and shift of each layer
 
 
@@ -150,7 +159,7 @@ class Fusion:
 
     op: ClassVar[str]
 
-    _kept: tuple[list[Any], list[Tensor], list[tuple[Tensor, Tensor]]] | None = None
+    _kept: _Kept | None = None
 
     def __init__(
         self,
@@ -183,7 +192,7 @@ class Fusion:
         self._weights = [layer.conv._parameters for layer in layers]
 
     def __getstate__(self) -> dict[str, Any]:
-        # The key of the kept vectors holds addresses, which mean nothing in a copy.
+        # What is kept holds addresses, which mean nothing in a copy.
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def why_unfused(self, x: Any) -> str | None:
@@ -196,7 +205,7 @@ class Fusion:
             return "a module inside it is in train mode"
         if _state.unfused:
             return "inside unfused()"
-        if self.owner is not None and self.owner not in _state.running:
+        if self.owner is not None and not any([owner is self.owner for owner in _state.running]):
             return "called from outside of the model's own forward"
         if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
@@ -223,24 +232,28 @@ class Fusion:
         sources = [store[name] for store, name in self._sources]
         if torch.is_grad_enabled() and any([t.requires_grad for t in sources]):
             return self.fold()
-        # In-place changes show in the version (inference tensors have none), `.data = ...` in the address.
-        key = [*map(id, sources), *map(_address, sources), *[norm.eps for norm in self._norms]]
+        # `.data = ...` shows in the address, in-place changes in the version, which inference tensors do not have.
+        state = [*map(_address, sources), *(norm.eps for norm in self._norms)]
         with contextlib.suppress(RuntimeError):
-            key += map(_version, sources)
+            state += map(_version, sources)
         kept = self._kept
-        if kept is None or kept[0] != key:
+        if kept is None or kept.state != state or not all(map(operator.is_, sources, kept.sources)):
             with torch.inference_mode(False), torch.no_grad():
                 # The aliases hold the storage, so that no other tensor can come by the same address.
-                kept = self._kept = (key, [t.detach() for t in sources], [layer.fold() for layer in self.layers])
-        return [(weights["weight"], *vectors) for weights, vectors in zip(self._weights, kept[2], strict=True)]
+                aliases = [t.detach() for t in sources]
+                kept = self._kept = _Kept(sources, aliases, state, [layer.fold() for layer in self.layers])
+        return [(weights["weight"], *vectors) for weights, vectors in zip(self._weights, kept.vectors, strict=True)]
 
     def fold(self) -> Arguments:
         """`arguments`, computed afresh and differentiable."""
         return [(layer.conv.weight, *layer.fold()) for layer in self.layers]
 
     def refold(self) -> None:
-        """Forget the kept scales and shifts."""
+        """Forget the kept scales and shifts, and the packed weights."""
         self._kept = None
+        for weights in self._weights:
+            if (weight := weights.get("weight")) is not None:
+                packing.forget(weight)
 
     def compute(self, x: Tensor, arguments: Arguments, backend: str, accuracy: str) -> Tensor:
         """Call the op."""

@@ -77,40 +77,36 @@ def algorithms(shape: Shape, dtype: torch.dtype, accuracy: str) -> tuple[str, ..
 
 
 def _price(shape: Shape, dtype: torch.dtype, algorithm: str, threads: int) -> float:
-    """Predicted seconds; ValueError if there is no such kernel."""
+    """Predicted seconds."""
     assert native.bindings is not None
-    return native.bindings.cost(shape.op, shape.dims(), str(dtype).removeprefix("torch."), algorithm, threads)["seconds"]
+    if cpu.only_by_layers(shape):
+        return sum(_price(layer, dtype, algorithm, threads) for layer in shape.layers())
+    name = str(dtype).removeprefix("torch.")
+    return native.bindings.cost(shape.op, shape.dims(), name, algorithm, threads)["seconds"]
 
 
 def _cpu_candidates(
     shape: Shape, dtype: torch.dtype, device: torch.device, accuracy: str, state: State
 ) -> list[_Candidate]:
-    found, note = [], ""
-    for algorithm in algorithms(shape, dtype, accuracy):
-        try:
+    found = []
+    why_not = cpu.only_by_layers(shape)
+    if why_not is None:
+        for algorithm in algorithms(shape, dtype, accuracy):
             found.append(_Candidate("cpu", algorithm, False, _price(shape, dtype, algorithm, state[0])))
-        except ValueError as error:
-            note = f", no kernel for the whole block: {error}"
     if not isinstance(shape, Conv):
         layers = [choose(layer, dtype, device, "cpu", accuracy, state) for layer in shape.layers()]
-        found.append(_Candidate("cpu", "layers", True, sum(layer.seconds[0][1] for layer in layers), note))
+        seconds = sum(layer.seconds[0][1] for layer in layers)
+        found.append(_Candidate("cpu", "layers", True, seconds, "" if why_not is None else f", {why_not}"))
     return found
 
 
 def _vendor_candidate(shape: Shape, dtype: torch.dtype, threads: int) -> _Candidate:
-    seconds = None
-    if native.available():
-        try:
-            seconds = _price(shape, dtype, "vendor", threads)
-        except ValueError:  # a block that is priced only layer by layer
-            seconds = sum(_price(layer, dtype, "vendor", threads) for layer in shape.layers())
+    seconds = _price(shape, dtype, "vendor", threads) if native.available() else None
     return _Candidate("vendor", "onednn", not isinstance(shape, Conv), seconds)
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(
-    shape: Shape, dtype: torch.dtype, device: torch.device, backend: str, accuracy: str, state: State
-) -> Choice:
+def choose(shape: Shape, dtype: torch.dtype, device: torch.device, backend: str, accuracy: str, state: State) -> Choice:
     """Choose how to compute a layer or block. Memoised.
 
     Args:

@@ -55,20 +55,34 @@ def print_result(result: Result, console: Console) -> None:
     for dtype in result["dtype"].split(","):
         console.print(throughput_table(result, dtype))
         console.print(cost_table(result, dtype))
-    for entry in result["coverage"]:
-        console.print(
-            f"{entry['dtype']} {entry['accuracy']}: {entry['coverage']:.1%} of the convolution FLOPs are fused"
-        )
     console.print(
         f"Speed-up: over {result['baseline']} with the same allocator setting. ms: the median, beside it the 20th and "
-        "80th percentile. Extra: the peak of one forward pass. Kept: what stays between passes (packed weights).",
+        "80th percentile. Extra: the peak of one forward pass. Kept: what stays between passes (packed weights). "
+        "Parity: errors of the logits, and predictions that differ from float64's.",
         style="dim",
     )
 
 
 def parity_table(result: Result) -> Table:
-    """One line for each fused model that was verified."""
-    return Table(title="stub")
+    """One line for each fused model: its errors against float64 beside unfused torch's, and how much of it is fused."""
+    verdict = "holds" if result["parity"]["ok"] else "DOES NOT HOLD"
+    table = Table(title="Parity with float64", caption=f"parity {verdict} (block by block: resnet-fused verify)")
+    table.add_column("fused")
+    for column in ("blocks", "error", "unfused", "flipped", "unfused", "FLOPs fused"):
+        table.add_column(column, justify="right")
+    for report, plan in zip(result["parity"]["reports"], result["plans"], strict=True):
+        *blocks, whole = report["rows"]
+        table.add_row(
+            f"{report['dtype']} {report['accuracy']}",
+            f"{sum(row['ok'] for row in blocks)}/{len(blocks)}",
+            f"{whole['error']:.1e}",
+            f"{whole['unfused_error']:.1e}",
+            str(report["flipped"]),
+            str(report["unfused_flipped"]),
+            f"{plan['coverage']:.1%}",
+            style=None if report["ok"] else "red",
+        )
+    return table
 
 
 def throughput_table(result: Result, dtype: str) -> Table:

@@ -3,7 +3,7 @@
 | variable | meaning |
 |---|---|
 | `RESNET_FUSED_BACKEND` | backend for every call left at `"auto"`, as if the program ran inside `backend(...)` |
-| `RESNET_FUSED_ISA` | highest CPU instruction set to use, read by the native library |
+| `RESNET_FUSED_CPU_ISA` | instruction set of the CPU kernels; read by the native library when it loads |
 """
 
 from __future__ import annotations
@@ -57,5 +57,5 @@ def backend(name: str) -> Iterator[None]:
 
 
 def resolve_backend(name: str) -> str:
-    """The backend a call that asks for `name` gets: the one of the surrounding `backend(...)` where it asks for auto."""
+    """The backend that a call asking for `name` gets: for `"auto"` that of the surrounding `backend(...)`."""
     return _state.backend if name == "auto" else name

@@ -39,7 +39,7 @@ def result(dtypes: tuple[str, ...] = ("fp32", "bf16")) -> dict:
         "baseline": bench.BASELINE,
         "rows": rows,
         "parity": {"ok": True, "reports": []},
-        "coverage": [],
+        "plans": [],
     }
 
 

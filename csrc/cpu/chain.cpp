@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "block.h"
+#include "isa.h"
 #include "memory.h"
 
 namespace resnet_fused::cpu {
@@ -21,6 +22,7 @@ namespace {
 constexpr int64_t kLine = 64;                // bytes of a cache line
 constexpr int64_t kResident = 384 * 1024;    // weights that stay in L2 while tiles of one step pass
 constexpr int64_t kPanelLimit = 200 * 1024;  // larger panels are taken one tap row at a time, partial sums in L2
+constexpr int64_t kAheadBytes = 512 * 1024;  // of x, prefetched into L2 at most
 constexpr int64_t kGroupBytes = 256 * 1024;  // of A, gathered at once
 
 template <class T>
@@ -64,6 +66,7 @@ struct Chain {
   int final_h, final_w;  // of the last layer
   int64_t pool_pitch = 0;
   int pool_capacity = 0;
+  int ahead_layer = 0;  // the one whose products hide the prefetch of x: the longest
 
   Chain(const Kernels& k, const Block& b) : kernels(k), block(b), plan{}, count(b.layer_count) {
     int h = b.h, w = b.w;
@@ -142,7 +145,11 @@ struct Chain {
       plan.workspace_bytes += st.level_bytes;
       rows = std::min(rows, st.in_h);
     }
-    if (block.has_projection) plan.workspace_bytes += gather_bytes(projection);
+    if (block.has_projection) plan.workspace_bytes += gather_bytes(projection) + projected_bytes();
+    ahead_layer = count == 1 ? 0 : 1;
+  }
+  int64_t projected_bytes() const {
+    return int64_t{plan.images} * plan.rows * final_w * projection.layer->shape.k * element_size(block.dtype);
   }
   int64_t pool_bytes() const { return int64_t{plan.images} * pool_capacity * final_w * pool_pitch; }
 
@@ -189,6 +196,8 @@ class Unit {
         level_[l] =
             static_cast<char*>(workspace(static_cast<Slot>(l), static_cast<size_t>(chain.stages[l].level_bytes)));
     if (b.pool.kernel) pool_ = static_cast<float*>(workspace(Slot::kLevel2, static_cast<size_t>(chain.pool_bytes())));
+    if (b.has_projection)
+      projected_ = static_cast<char*>(workspace(Slot::kProjection, static_cast<size_t>(chain.projected_bytes())));
     pad_vectors();
   }
 
@@ -198,6 +207,7 @@ class Unit {
     clear_columns();
     for (int y = begin_; y < end_; y += chain_.plan.rows) {
       begin_step(y, std::min(end_, y + chain_.plan.rows), y == begin_);
+      set_ahead();
       if (!chain_.stages[0].in_place) fill_input(0, images_);
       for (int l = 0; l < chain_.count; ++l) {
         if (chain_.stages[l].m) {
@@ -242,6 +252,8 @@ class Unit {
   char* level_[3] = {};
   float* pool_ = nullptr;
   float* transformed_ = nullptr;
+  char* projected_ = nullptr;                           // the projected rows of a step
+  const char *ahead_ = nullptr, *ahead_end_ = nullptr;  // what the next step reads of x and is not yet prefetched
   int lo_[4] = {}, hi_[4] = {};  // rows of each level in use, before clipping; [count]: of the last layer's output
   int have_[4] = {};             // rows of the level below this were computed by earlier steps
   struct Vectors {
@@ -353,6 +365,16 @@ class Unit {
       have_[l] = std::max(have_[l], std::max(0, lo_[l]));
       hi_[l] = real;
     }
+  }
+  // What comes behind the rows in use: the next step's, or the next unit's.
+  void set_ahead() {
+    const int64_t row = int64_t{block_.w} * block_.layers[0].shape.c * element_size(block_.dtype);
+    const int64_t used = images_ > 1 ? int64_t{images_} * block_.h : hi_[0];
+    const int64_t all = (int64_t{block_.n} - image_) * block_.h;  // rows of x from this unit on
+    const int64_t next =
+        std::clamp<int64_t>(images_ > 1 ? used : hi_[0] - std::max(0, lo_[0]), 0, std::max<int64_t>(0, all - used));
+    ahead_ = x_ + used * row;
+    ahead_end_ = ahead_ + std::min<int64_t>(next * row, kAheadBytes);
   }
   void end_step() {
     for (int l = 0; l <= chain_.count; ++l) have_[l] = std::max(have_[l], hi_[l]);
@@ -485,23 +507,37 @@ class Unit {
     return st.pitch * s.stride_w;
   }
 
-  // Sub-tile height with the fewest rows computed; the taller one where equal.
-  int choose_sub(const Stage& st, int rows) const {
-    if (st.pack.bf16) return kernels_.bf16_sub;
-    if (st.in_place) return kernels_.sub_max;
-    int best = kernels_.sub_max;
-    int64_t fewest = INT64_MAX;
-    for (int sub = kernels_.sub_max; sub >= kernels_.sub_min; --sub) {
-      int64_t count = ceil_div(st.out_w, sub) * rows;
-      if (st.layer->shape.stride_w == 1 && st.layer->shape.stride_h == 1)
-        count = std::min(count, ceil_div(int64_t{rows - 1} * st.columns + st.out_w, sub));
-      const int64_t computed = ceil_div(count * images_, 2) * 2 * sub;
-      if (computed < fewest) {
-        fewest = computed;
-        best = sub;
+  // The register tile of a run of products: two sub-tiles of `sub` rows by `panels` panels.
+  struct Tile {
+    int sub, panels;
+    GemmFn gemm;
+  };
+  // The one with the least time for what it computes, waste at the edges included; the tallest where equal.
+  // `rows_computed`: rows that sub-tiles of a given height compute, in pairs.
+  template <class F>
+  Tile choose_tile(const Stage& st, int panel_count, F rows_computed) const {
+    if (st.pack.bf16) return {kernels_.bf16_sub, 1, kernels_.gemm_bf16};
+    Tile best{kernels_.sub_max, 1, kernels_.gemm_f32[kernels_.sub_max]};
+    double least = static_cast<double>(rows_computed(best.sub));
+    for (int sub = kernels_.sub_max - 1; sub >= kernels_.sub_min; --sub)
+      if (const auto rows = static_cast<double>(rows_computed(sub)); rows < least) {
+        least = rows;
+        best = {sub, 1, kernels_.gemm_f32[sub]};
       }
-    }
+    if (kernels_.wide_sub && panel_count % 2 == 0 && st.layer->shape.groups == 1 &&
+        static_cast<double>(rows_computed(kernels_.wide_sub)) * wide_tile_cost() < least)
+      best = {kernels_.wide_sub, 2, kernels_.gemm_f32_wide};
     return best;
+  }
+
+  Tile choose_direct_tile(const Stage& st, int rows, int panel_count) const {
+    return choose_tile(st, panel_count, [&](int sub) {
+      const bool flat = st.layer->shape.stride_w == 1 && st.layer->shape.stride_h == 1;
+      int64_t count = ceil_div(st.out_w, sub) * rows;
+      if (flat && st.in_place) count = ceil_div(int64_t{rows} * st.out_w, sub);
+      if (flat && !st.in_place) count = std::min(count, ceil_div(int64_t{rows - 1} * st.columns + st.out_w, sub));
+      return round_up<int64_t>(count * images_, 2) * sub;
+    });
   }
 
   void gather(const Stage& st, const SubTile& tile, int sub, char* d) const {
@@ -522,11 +558,12 @@ class Unit {
     if (st.last && residual_) {
       shortcut = residual_;
     } else if (st.last && block_.has_projection) {
-      // The projection goes to the output first, rows that stay in L2, and the last layer adds to it in place.
-      Output plain = out;
-      plain.stream = false;
-      direct(kProjection, chain_.projection, plain, nullptr, from, to, panel_begin, panel_end);
-      shortcut = out_;
+      // Addressed as the output is, but in L2: only the rows of this step.
+      Output rows = out;
+      rows.base = projected_ - int64_t{from} * out.columns * out.pitch;
+      rows.stream = false;
+      direct(kProjection, chain_.projection, rows, nullptr, from, to, panel_begin, panel_end);
+      shortcut = rows.base;
     }
     if (st.m)
       winograd_multiply(l, out, shortcut, from, to, panel_begin, panel_end);
@@ -559,15 +596,14 @@ class Unit {
     static thread_local std::vector<SubTile> tiles;
     static thread_local std::vector<Tap> taps, some;
     const ConvShape& s = st.layer->shape;
-    const int sub = choose_sub(st, to - from), panel = kernels_.panel;
+    const Tile tile = choose_direct_tile(st, to - from, panel_end - panel_begin);
+    const int sub = tile.sub, panel = kernels_.panel;
     const int64_t lda = cut(l, st, out, from, to, sub, tiles);
     if (tiles.size() % 2) {
       tiles.push_back(tiles.back());
       std::fill_n(tiles.back().dst, sub, -1);
     }
     const int count = static_cast<int>(tiles.size() / 2);
-    const GemmFn gemm = st.pack.bf16 ? kernels_.gemm_bf16 : kernels_.gemm_f32[sub];
-
     const int per_row = st.merged ? 1 : s.s;  // taps of a kernel row
     const int words = st.merged ? st.pack.words * s.s : st.pack.words;
     taps.clear();
@@ -587,11 +623,25 @@ class Unit {
       gathered = static_cast<char*>(workspace(Slot::kPacked, static_cast<size_t>(chain_.gather_bytes(st))));
     }
     const char* base = gathered ? gathered : st.in_place ? x_ : level_[l];
-    const int tile_floats = 2 * sub * panel;
+    const int panel_floats = 2 * sub * panel, tile_floats = tile.panels * panel_floats;
     auto* c =
-        static_cast<float*>(workspace(Slot::kTiles, static_cast<size_t>(splits > 1 ? group : 1) * tile_floats * 4));
+        static_cast<float*>(workspace(Slot::kTiles, static_cast<size_t>(splits > 1 ? group : 2) * tile_floats * 4));
 
-    int32_t dst[kMaxTileRows];
+    const int lines = ahead_per_tap(
+        l, int64_t{count} * ((panel_end - panel_begin) / tile.panels) * static_cast<int64_t>(taps.size()));
+
+    // The epilogue of a tile follows the products of the next one, whose latency it hides (AMX).
+    struct {
+      EpilogueArgs args[2];  // of each panel
+      int32_t dst[kMaxTileRows];
+    } epilogues[2];
+    int pending = 0;
+    bool waiting = false;
+    auto finish = [&] {
+      if (!waiting) return;
+      for (int p = 0; p < tile.panels; ++p) kernels_.epilogue(epilogues[pending].args[p]);
+      waiting = false;
+    };
     for (int g = 0; g < count; g += group) {
       const int group_end = std::min(count, g + group);
       if (gathered)
@@ -599,15 +649,18 @@ class Unit {
           tiles[i].a = int64_t{i - 2 * g} * sub * st.pitch;
           gather(st, tiles[i], sub, gathered + tiles[i].a);
         }
-      for (int n = panel_begin; n < panel_end; ++n) {
-        EpilogueArgs e = epilogue_args(l, st, out, shortcut, n);
-        e.rows = 2 * sub;
-        e.dst = dst;
+      for (int n = panel_begin; n < panel_end; n += tile.panels) {
+        EpilogueArgs e[2];
+        for (int p = 0; p < tile.panels; ++p) {
+          e[p] = epilogue_args(l, st, out, shortcut, n + p);
+          e[p].rows = 2 * sub;
+        }
         const int64_t group_offset = int64_t{n / st.pack.panels} * (s.c / s.groups) * 4;  // groups are float32
-        GemmArgs args;
+        GemmArgs args{};
         args.lda = lda;
         args.words = words;
         args.b = weights(st) + n * st.pack.panel_bytes;
+        args.b2 = args.b + st.pack.panel_bytes;
         for (int split = 0; split < splits; ++split)
           for (int t = g; t < group_end; ++t) {
             const SubTile &t0 = tiles[2 * t], &t1 = tiles[2 * t + 1];
@@ -615,7 +668,8 @@ class Unit {
             args.a[1] = base + t1.a + group_offset;
             args.taps = taps.data() + split * split_taps;
             args.tap_count = split_taps;
-            args.c = c + (splits > 1 ? int64_t{t - g} * tile_floats : 0);
+            args.c = c + (splits > 1 ? t - g : pending ^ 1) * tile_floats;
+            args.c2 = args.c + panel_floats;
             args.accumulate = split > 0;
             if (!(inside(st, t0) && inside(st, t1))) {  // rows of taps that are all padding are skipped
               some.clear();
@@ -626,15 +680,37 @@ class Unit {
               args.taps = some.data();
               args.tap_count = static_cast<int>(some.size());
             }
-            gemm(args);
+            ahead(lines, args);
+            tile.gemm(args);
             if (split < splits - 1) continue;
-            std::copy_n(t0.dst, sub, dst);
-            std::copy_n(t1.dst, sub, dst + sub);
-            e.c = args.c;
-            kernels_.epilogue(e);
+            finish();
+            waiting = true;
+            pending ^= 1;
+            auto& next = epilogues[pending];
+            std::copy_n(t0.dst, sub, next.dst);
+            std::copy_n(t1.dst, sub, next.dst + sub);
+            for (int p = 0; p < tile.panels; ++p) {
+              next.args[p] = e[p];
+              next.args[p].c = args.c + p * panel_floats;
+              next.args[p].dst = next.dst;
+            }
           }
+        if (splits > 1) finish();  // the next panel's partial sums take its place
       }
     }
+    finish();
+  }
+
+  // Lines of x to prefetch per tap, if this layer is the one that does, and how many taps it has to do it in.
+  int ahead_per_tap(int l, int64_t taps) const {
+    return l == chain_.ahead_layer ? static_cast<int>(std::min<int64_t>(
+                                         16, ceil_div(ahead_end_ - ahead_, kLine * std::max<int64_t>(1, taps))))
+                                   : 0;
+  }
+  void ahead(int lines, GemmArgs& args) {
+    args.prefetch = ahead_;
+    args.prefetch_lines = ahead_ < ahead_end_ ? lines : 0;
+    ahead_ += int64_t{args.prefetch_lines} * args.tap_count * kLine;
   }
 
   static bool row_inside(const Stage& st, const SubTile& t, int r) {
@@ -649,20 +725,16 @@ class Unit {
   // ---- Winograd --------------------------------------------------------------------------------------------------
   struct Grid {
     int high, wide;
-    int64_t tiles, padded;  // padded: to whole register tiles
-    int sub;
-    int64_t pitch;      // floats between tiles
-    int64_t frequency;  // floats between frequencies
+    int64_t tiles, padded;  // padded: register tiles at the end read, and write, a few more
+    int64_t pitch;          // floats between tiles
+    int64_t frequency;      // floats between frequencies
   };
   Grid grid(const Stage& st, int rows) const {
     Grid g;
     g.high = static_cast<int>(ceil_div(rows, st.m));
     g.wide = static_cast<int>(ceil_div(st.out_w, st.m));
     g.tiles = int64_t{images_} * g.high * g.wide;
-    g.sub = kernels_.sub_max;
-    for (int sub = kernels_.sub_max; sub >= kernels_.sub_min; --sub)
-      if (round_up<int64_t>(g.tiles, 2 * sub) < round_up<int64_t>(g.tiles, 2 * g.sub)) g.sub = sub;
-    g.padded = round_up<int64_t>(g.tiles, 2 * g.sub);
+    g.padded = g.tiles + kMaxTileRows;
     g.pitch = chain_.winograd_pitch(st);
     g.frequency = g.padded * g.pitch;
     return g;
@@ -701,38 +773,46 @@ class Unit {
     const Stage& st = chain_.stages[l];
     const Grid g = grid(st, to - from);
     const int panel = kernels_.panel, frequencies = st.pack.taps, pixels = st.m * st.m;
-    const GemmFn gemm = kernels_.gemm_f32[g.sub];
+    const Tile tile =
+        choose_tile(st, panel_end - panel_begin, [&](int sub) { return round_up<int64_t>(g.tiles, 2 * sub); });
     const Tap tap{0, 0};
-    // Small: all frequencies of one panel at a time. Large: one frequency at a time, whose tiles stay in L2.
+    // Small: all frequencies of one panel (or of a wide tile's two) at a time. Large: all panels of one frequency at a
+    // time, whose transformed tiles stay in L2.
     const bool by_panel = frequencies * g.frequency * 4 <= (int64_t{1} << 20);
-    const int width = by_panel ? 1 : panel_end - panel_begin;  // panels of products kept
-    const int64_t product = g.padded * panel;                  // floats of one frequency of one panel
-    auto* products =
-        static_cast<float*>(workspace(Slot::kProducts, static_cast<size_t>(frequencies * width * product) * 4));
+    const int kept = by_panel ? tile.panels : panel_end - panel_begin;  // panels of products
+    const int64_t product = g.padded * panel;                           // floats of one frequency of one panel
+    const int64_t panel_products = frequencies * product;
+    auto* products = static_cast<float*>(workspace(Slot::kProducts, static_cast<size_t>(kept * panel_products) * 4));
     auto* c = static_cast<float*>(workspace(Slot::kTiles, static_cast<size_t>(pixels * panel) * 4));
-    auto multiply = [&](int f, int n, float* p) {
+    const int64_t calls = frequencies * ((panel_end - panel_begin) / tile.panels) * ceil_div(g.tiles, 2 * tile.sub);
+    const int lines = ahead_per_tap(l, calls);
+    auto multiply = [&](int f, int n, float* first_product) {
       GemmArgs args{};
       args.lda = g.pitch * 4;
       args.taps = &tap;
       args.tap_count = 1;
       args.words = st.pack.words;
       args.b = weights(st) + n * st.pack.panel_bytes + int64_t{f} * st.pack.words * panel * 4;
-      for (int64_t t = 0; t < g.padded; t += 2 * g.sub) {
+      args.b2 = args.b + st.pack.panel_bytes;
+      for (int64_t t = 0; t < g.tiles; t += 2 * tile.sub) {
         args.a[0] = reinterpret_cast<const char*>(transformed_ + f * g.frequency + t * g.pitch);
-        args.a[1] = args.a[0] + g.sub * args.lda;
-        args.c = p + t * panel;
-        gemm(args);
+        args.a[1] = args.a[0] + tile.sub * args.lda;
+        args.c = first_product + f * product + t * panel;
+        args.c2 = args.c + panel_products;
+        ahead(lines, args);
+        tile.gemm(args);
       }
     };
     if (!by_panel)
       for (int f = 0; f < frequencies; ++f)
-        for (int n = panel_begin; n < panel_end; ++n)
-          multiply(f, n, products + (int64_t{n - panel_begin} * frequencies + f) * product);
+        for (int n = panel_begin; n < panel_end; n += tile.panels)
+          multiply(f, n, products + (n - panel_begin) * panel_products);
     int32_t dst[kMaxTileRows];
     for (int n = panel_begin; n < panel_end; ++n) {
-      float* p = products + (by_panel ? 0 : int64_t{n - panel_begin} * frequencies * product);
-      if (by_panel)
-        for (int f = 0; f < frequencies; ++f) multiply(f, n, p + f * product);
+      const int slot = (n - panel_begin) % kept;
+      if (by_panel && slot == 0)
+        for (int f = 0; f < frequencies; ++f) multiply(f, n, products);
+      const float* const p = products + slot * panel_products;
       EpilogueArgs e = epilogue_args(l, st, out, shortcut, n);
       e.rows = pixels;
       e.dst = dst;
@@ -811,6 +891,11 @@ Schedule choose_schedule(const Chain& chain, int threads) {
       winograd = true;
       m = chain.stages[l].m;
     }
+  if (p.images > 1) {  // whole images: rows of different images then lie one after the other
+    p.bands = 1;
+    p.rows = out_h;
+    return p;
+  }
   const int64_t target = winograd ? kWinogradStepPixels : kStepPixels;
   int64_t rows = std::clamp<int64_t>(ceil_div(target, int64_t{out_w} * p.images), 1, band);
   rows = ceil_div(band, ceil_div(band, rows));  // steps of equal height

@@ -11,5 +11,7 @@ RF_EXPORT bool isa_runs(Isa isa);
 RF_EXPORT const Kernels& kernels();
 RF_EXPORT const Kernels& kernels_of(Isa isa);
 RF_EXPORT void select_isa(Isa isa);
+// Time of the wide tile per row and column, relative to the tall one's.
+double wide_tile_cost();
 
 }  // namespace resnet_fused::cpu

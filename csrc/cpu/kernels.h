@@ -35,7 +35,11 @@ struct GemmArgs {
   int words;  // per tap
   const char* b;
   float* c;
+  const char* b2;  // the next panel and its results: wide tiles only
+  float* c2;
   bool accumulate;
+  const char* prefetch;  // into L2 meanwhile: prefetch_lines cache lines in front of every tap
+  int prefetch_lines;
 };
 using GemmFn = void (*)(const GemmArgs&);
 
@@ -76,8 +80,10 @@ struct Kernels {
   int panel;                         // output channels of a tile
   int sub_min, sub_max;              // heights of a sub-tile for float32
   GemmFn gemm_f32[kMaxSubTile + 1];  // by height of the sub-tile, sub_min..sub_max
-  int bf16_sub;                      // height of a sub-tile for bfloat16; 0: no such instruction, compute in float32
-  int bf16_word_multiple;            // words per tap are padded to a multiple of this
+  int wide_sub;                      // height of a sub-tile of the wide tile, two panels at once; 0: none
+  GemmFn gemm_f32_wide;
+  int bf16_sub;            // height of a sub-tile for bfloat16; 0: no such instruction, compute in float32
+  int bf16_word_multiple;  // words per tap are padded to a multiple of this
   GemmFn gemm_bf16;
   void (*begin)();  // per thread, before and after a run of gemm_bf16 calls (AMX tile configuration)
   void (*end)();

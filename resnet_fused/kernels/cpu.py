@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..shapes import Bottleneck, Shape
 from . import native
 from .layout import nhwc
 from .packing import packed
@@ -38,6 +39,13 @@ def unsupported(dtype: torch.dtype, device: torch.device) -> str | None:
     if dtype not in DTYPES:
         return f"it takes {' or '.join(map(str, DTYPES))}, x.dtype is {dtype}"
     return native.reason()
+
+
+def only_by_layers(shape: Shape) -> str | None:
+    """Why there is no kernel for the whole of this block, None if there is one (always for a layer)."""
+    if isinstance(shape, Bottleneck) and shape.groups > 1:
+        return f"the bottleneck kernel takes groups=1, got {shape.groups}"
+    return None
 
 
 def _pack(weight: Tensor, layout: str = "direct", groups: int = 1) -> Tensor:

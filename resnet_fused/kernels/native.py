@@ -36,7 +36,7 @@ def isa() -> str:
 
 
 def load() -> None:
-    """Load the library and the bindings, once the schemas of the private ops are defined; keeps the reason on failure."""
+    """Load the library and the bindings, once the private ops' schemas are defined; keep the reason on failure."""
     global bindings, _reason
     if not LIBRARY_PATH.exists():
         _reason = f"{LIBRARY_PATH} is not there: the package was installed without its native library"

@@ -2,7 +2,7 @@
 
 A pack is found by the weight tensor itself (weakly: it goes with the weight) and is made again once the weight is not
 what it was: changed in place, or given other storage. A write through `weight.data` is seen only if it brings new
-storage, and one into an inference tensor is not seen at all: torch counts neither.
+storage, and one into an inference tensor is not seen at all: torch counts neither. `forget` is for those.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -84,7 +85,9 @@ def packed(weight: Tensor, key: Hashable, make: Callable[[], Any], scale: Tensor
         pack = _find(weight, key, scale)  # another thread may have made it meanwhile
         if pack is None:
             sources = _source(weight), None if scale is None else _source(scale)
-            pack = _Pack(make(), *sources)
+            # Not as inference tensors, which autograd could not save, whatever mode the first call comes in.
+            with torch.inference_mode(False), torch.no_grad():
+                pack = _Pack(make(), *sources)
             by_key = dict(_packs(weight))  # replaced, not changed: other threads read without the lock
             by_key.pop(key, None)
             while len(by_key) >= PACKS_PER_WEIGHT:
@@ -92,6 +95,12 @@ def packed(weight: Tensor, key: Hashable, make: Callable[[], Any], scale: Tensor
             by_key[key] = pack
             _all[id(weight)] = _Packs(weakref.ref(weight, functools.partial(_forget, id(weight))), by_key)
     return pack.value
+
+
+def forget(weight: Tensor) -> None:
+    """Drop the packs of this weight: for changes that leave no trace on it."""
+    if _packs(weight):
+        _all.pop(id(weight), None)
 
 
 def _forget(key: int, owner: weakref.ref[Tensor]) -> None:

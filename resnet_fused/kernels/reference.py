@@ -25,7 +25,7 @@ def conv_bn_act(
     groups: int = 1,
     activation: str = "relu",
 ) -> Tensor:
-    """`activation(conv(x, weight) * scale + shift + residual)`, computed in float32 (float64 for float64), rounded once."""
+    """`activation(conv(x, weight) * scale + shift + residual)`, in float32 (float64 for float64), rounded once."""
     dtype = _compute_dtype(x)
     y = torch.conv2d(x.to(dtype), weight.to(dtype), None, stride, padding, dilation, groups)
     if scale is not None:
@@ -61,18 +61,19 @@ def conv_bn_act_backward(
         grad = torch.ops.aten.threshold_backward(grad, y.to(dtype), 0)  # passes where y is NaN, as torch's ReLU does
     need_x, need_weight, need_scale, need_shift = needs
     need_scale = need_scale and scale is not None
-    x32, weight32 = x.to(dtype), weight.to(dtype)
+    wide_x, wide_weight = x.to(dtype), weight.to(dtype)
     grad_x = grad_weight = grad_scale = grad_shift = None
     if need_x or need_weight:
         grad_conv = grad if scale is None else grad * scale.to(dtype)[:, None, None]
+        geometry = (stride, padding, dilation, False, (0, 0), groups)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad_conv, x32, weight32, None, stride, padding, dilation, False, (0, 0), groups, (need_x, need_weight, False)
+            grad_conv, wide_x, wide_weight, None, *geometry, (need_x, need_weight, False)
         )
         grad_x = grad_x.to(x.dtype) if need_x else None
         grad_weight = grad_weight.to(weight.dtype) if need_weight else None
     if need_scale:
         assert scale is not None
-        conv = torch.conv2d(x32, weight32, None, stride, padding, dilation, groups)
+        conv = torch.conv2d(wide_x, wide_weight, None, stride, padding, dilation, groups)
         grad_scale = (grad * conv).sum((0, 2, 3)).to(scale.dtype)
     if need_shift:
         grad_shift = grad.sum((0, 2, 3)).to(shift.dtype)

@@ -29,10 +29,11 @@ def unsupported(shape: Shape, dtype: torch.dtype, device: torch.device) -> str |
     return None
 
 
-def _pack(weight: Tensor, scale: Tensor | None, sizes: tuple[Sequence[int], ...], groups: int, shape: torch.Size) -> Tensor:
-    weight = weight.detach()
+def _pack(
+    weight: Tensor, scale: Tensor | None, sizes: tuple[Sequence[int], ...], groups: int, shape: torch.Size
+) -> Tensor:
     if scale is not None:  # oneDNN takes a shift, but no scale
-        weight = (weight.float() * scale.detach()[:, None, None, None]).to(weight.dtype)
+        weight = (weight.float() * scale[:, None, None, None]).to(weight.dtype)
     padding, stride, dilation = sizes
     # Its layout depends on the input's size; at another one the call would reorder it every time.
     return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, shape)
@@ -56,14 +57,13 @@ def conv_bn_act(
     sizes = (padding, stride, dilation)
     key = ("vendor", x.shape, tuple(padding), tuple(stride), tuple(dilation), groups)
     weight = packed(weight, key, lambda: _pack(weight, scale, sizes, groups, x.shape), scale)
-    shift = shift.detach().contiguous()
+    shift = shift.contiguous()
     if residual is None:
-        return torch.ops.mkldnn._convolution_pointwise.default(
-            x, weight, shift, *sizes, groups, activation, [], ""
+        y = torch.ops.mkldnn._convolution_pointwise.default(x, weight, shift, *sizes, groups, "none", [], "")
+    else:
+        shift = shift.to(x.dtype)  # the form with a residual takes no float32 shift beside bfloat16
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, nhwc(residual), weight, shift, *sizes, groups, "add", 1.0, None, [], None
         )
-    residual = nhwc(residual)
-    shift = shift.to(x.dtype)  # the form with a residual takes no float32 shift beside bfloat16
-    relu = "relu" if activation == "relu" else None
-    return torch.ops.mkldnn._convolution_pointwise.binary(
-        x, residual, weight, shift, *sizes, groups, "add", 1.0, relu, [], None
-    )
+    # A pass of its own, though oneDNN could do it on the way: its ReLU turns NaN into 0.
+    return y.relu_() if activation == "relu" else y

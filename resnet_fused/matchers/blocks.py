@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..fusion import BasicBlockFusion, BottleneckFusion, ConvBNActFusion, Fusion, Layer, Settings, StemFusion
-from .layers import Model, Refused, activation, check_inside, conv_geometry, has_own_tensors, is_norm, leaves, make_layer, pair
+from .layers import Model, Refused, activation, check_inside, conv_geometry, has_own_tensors, is_norm, leaves, make_layer, norm_channels, pair
 
 
 def match_block(block: nn.Module, model: Model, settings: Settings, residual: bool) -> list[Fusion]:
@@ -33,6 +33,8 @@ def match_block(block: nn.Module, model: Model, settings: Settings, residual: bo
         else:
             others.append(leaf)
     if len(convs) != len(norms) or len(convs) not in ((2, 3, 4) if residual else (1,)):
+        return []
+    if any(norm_channels(norm) != conv.out_channels for conv, norm in zip(convs, norms, strict=True)):
         return []
     if any(has_own_tensors(m) for m in block.modules() if m not in convs and m not in norms):
         return []

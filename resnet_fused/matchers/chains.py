@@ -37,7 +37,7 @@ def match_chain(
     length, pool = 2, None
     if rest and is_free(rest[0], model, owner) and activation(rest[0]) == "relu":
         length = 3
-        if len(rest) > 1 and is_free(rest[1], model, owner) and type(rest[1]) is nn.MaxPool2d:
+        if len(rest) > 1 and is_free(rest[1], model, owner) and original_class(rest[1]) is nn.MaxPool2d:
             pool = rest[1]
     common: dict[str, Any] = {"settings": settings, "owner": owner}
 

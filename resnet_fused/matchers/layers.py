@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..fusion import OWN_HOOKS, Layer
+from ..mixins import original_class
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
@@ -34,8 +35,9 @@ class Model:
             self.places.update(id(child) for child in module._modules.values() if child is not None)
 
     def name(self, module: nn.Module) -> str:
-        """The path of a module, its class for the root."""
-        return self.names.get(id(module)) or type(module).__name__
+        """What to call a module in a message: its path, and its class where that says something."""
+        path, kind = self.names.get(id(module)), original_class(module).__name__
+        return f"{path} ({kind})" if path and module._modules else path or kind
 
 
 def has_own_tensors(module: nn.Module) -> bool:
@@ -56,15 +58,21 @@ def is_norm(module: nn.Module) -> bool:
     return held >= set(NORM_TENSORS) and isinstance(module._buffers.get("running_var"), Tensor)
 
 
+def norm_channels(norm: nn.Module) -> int:
+    """How many channels a module of `is_norm` normalises."""
+    return norm.num_features if isinstance(norm, nn.modules.batchnorm._BatchNorm) else norm.running_var.numel()
+
+
 def activation(module: nn.Module) -> str | None:
     """`"relu"` or `"none"` if that is what a module without tensors computes in eval mode, else None."""
     if isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
         return "none"
-    if type(module) is nn.ReLU:
+    if original_class(module) is nn.ReLU:
         return "relu"
     if has_own_tensors(module):
         return None
-    x = torch.linspace(-1e4, 1e4, 2 * 8 * 4 * 5, device="cpu").reshape(2, 8, 4, 5)
+    # From -1e4 to 1e4, dense around zero: what bends there is no ReLU, nor is what saturates.
+    x = (torch.linspace(-1, 1, 2 * 8 * 4 * 5, device="cpu") ** 5 * 1e4).reshape(2, 8, 4, 5)
     try:
         with torch.no_grad():
             y = module(x.clone())
@@ -112,18 +120,16 @@ def make_layer(conv: nn.Conv2d, norm: nn.Module, model: Model) -> Layer:
         raise Refused(f"the weight of {model.name(conv)} is computed by a parametrization")
     if conv.padding_mode != "zeros":
         raise Refused(f"{model.name(conv)} pads with {conv.padding_mode!r}, not zeros")
-    if isinstance(norm.running_mean, Tensor) is False or norm.running_var is None:
+    if norm.running_mean is None or norm.running_var is None:
         raise Refused(f"{model.name(norm)} has no running statistics")
-    if norm.running_var.shape != (conv.out_channels,):
-        raise Refused(
-            f"{model.name(norm)} has {norm.running_var.numel()} channels, {model.name(conv)} gives {conv.out_channels}"
-        )
+    if norm_channels(norm) != conv.out_channels:
+        raise Refused(f"{model.name(norm)} has {norm_channels(norm)} channels, {model.name(conv)} {conv.out_channels}")
     return Layer(conv, norm, find_eps(norm, model))
 
 
 def find_eps(norm: nn.Module, model: Model) -> float | None:
     """The eps of a BatchNorm look-alike, found by trying what it computes; None if it is `norm.eps`."""
-    if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+    if original_class(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return None
     # A copy with variances so small that eps shows, in float64.
     trial = copy.copy(norm)

@@ -184,7 +184,7 @@ def residual_block(run: Callable[..., Tensor], x: Tensor, path: Sequence[Layer],
 
 
 Needs = tuple[bool, bool, bool]
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+Grads = tuple[Tensor | None, ...]
 
 
 def residual_block_backward(
@@ -213,7 +213,7 @@ def residual_block_backward(
         grad_in, *rest, grad_sum = reference.conv_bn_act_backward(
             grad, inputs[i], weight, scale, shift, out, needs=(lower, *path_needs[i]), **geometry
         )
-        grads[i] = tuple(rest)  # type: ignore[call-overload]
+        grads[i] = tuple(rest)
         if i == len(path) - 1:
             grad_side = grad_sum
         if grad_in is None:
@@ -227,7 +227,7 @@ def residual_block_backward(
         grad_side, *rest, _ = reference.conv_bn_act_backward(
             grad_side, x, weight, scale, shift, None, needs=(need_x, *shortcut_needs), **geometry
         )
-        side = tuple(rest)  # type: ignore[assignment]
+        side = tuple(rest)
     if need_x:
         assert grad_x is not None and grad_side is not None
         grad_x = grad_x + grad_side
@@ -240,7 +240,7 @@ def _autocast(t: Any, dtype: torch.dtype) -> Any:
         return t
     # A weight is cast once, not at every call, and so packed once; tracing sees subclasses and always casts.
     if type(t) is torch.nn.Parameter and not (t.requires_grad and torch.is_grad_enabled()):
-        return packed(t, ("autocast", dtype), lambda: t.detach().to(dtype))
+        return packed(t, ("autocast", dtype), lambda: t.to(dtype))
     return t.to(dtype)
 
 

@@ -15,7 +15,6 @@ from ..kernels.native import library
 from ..settings import resolve_backend
 from ..shapes import BasicBlock
 from . import _common as common
-
 from ._common import Layer, Spec, optional_spec
 from .conv_bn_act import layer_runner
 
@@ -127,7 +126,7 @@ def _layers(tensors: Sequence[Any], stride: int, dilation: int) -> tuple[list[La
 
 
 def _run(
-    *tensors: Tensor | None,
+    *tensors: Any,
     stride: int = 1,
     dilation: int = 1,
     backend: str = "auto",
@@ -137,7 +136,6 @@ def _run(
     choice = _prepare(tuple(map(optional_spec, tensors)), stride, dilation, backend, accuracy, plan.state())
     plan.note(choice)
     x = tensors[0]
-    assert x is not None
     if choice.empty:
         return common.empty_like_format(choice.shape.output_shape, x)
     if not choice.composed:
@@ -148,7 +146,7 @@ def _run(
 
 
 def _fake(
-    *tensors: Tensor | None,
+    *tensors: Any,
     stride: int = 1,
     dilation: int = 1,
     backend: str = "auto",
@@ -156,7 +154,6 @@ def _fake(
 ) -> Tensor:
     tensors = common.pad(tensors, 10)
     shape = _check(tuple(map(optional_spec, tensors)), stride, dilation, backend, accuracy)
-    assert tensors[0] is not None
     return common.empty_like_format(shape.output_shape, tensors[0])
 
 

@@ -16,7 +16,6 @@ from ..kernels.native import library
 from ..settings import resolve_backend
 from ..shapes import Bottleneck
 from . import _common as common
-
 from ._common import Layer, Spec, optional_spec
 from .conv_bn_act import layer_runner
 
@@ -168,7 +167,7 @@ def _layers(
 
 
 def _run(
-    *tensors: Tensor | None,
+    *tensors: Any,
     stride: int = 1,
     dilation: int = 1,
     groups: int = 1,
@@ -181,7 +180,6 @@ def _run(
     choice = _prepare(tuple(map(optional_spec, tensors)), *geometry, backend, accuracy, plan.state())
     plan.note(choice)
     x = tensors[0]
-    assert x is not None
     if choice.empty:
         return common.empty_like_format(choice.shape.output_shape, x)
     if not choice.composed:
@@ -193,7 +191,7 @@ def _run(
 
 
 def _fake(
-    *tensors: Tensor | None,
+    *tensors: Any,
     stride: int = 1,
     dilation: int = 1,
     groups: int = 1,
@@ -204,7 +202,6 @@ def _fake(
     tensors = common.pad(tensors, 13)
     specs = tuple(map(optional_spec, tensors))
     shape = _check(specs, stride, dilation, groups, stride_in_1x1, backend, accuracy)
-    assert tensors[0] is not None
     return common.empty_like_format(shape.output_shape, tensors[0])
 
 

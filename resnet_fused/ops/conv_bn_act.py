@@ -116,9 +116,8 @@ def _check(
 
 @functools.lru_cache(maxsize=4096)
 def _prepare(x: Spec, *arguments: Any) -> plan.Choice:
-    *arguments, state = arguments
-    *_, backend, accuracy = arguments
-    return plan.choose(_check(x, *arguments), x[1], x[2], backend, accuracy, state)
+    *checked, state = arguments
+    return plan.choose(_check(x, *checked), x[1], x[2], *checked[-2:], state)
 
 
 def run(

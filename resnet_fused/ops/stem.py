@@ -15,7 +15,6 @@ from ..kernels.native import library
 from ..settings import resolve_backend
 from ..shapes import Stem
 from . import _common as common
-
 from ._common import Spec, optional_spec, spec
 from .conv_bn_act import layer_runner
 
@@ -109,9 +108,8 @@ def _check(
 
 @functools.lru_cache(maxsize=4096)
 def _prepare(x: Spec, *arguments: Any) -> plan.Choice:
-    *arguments, state = arguments
-    *_, backend, accuracy = arguments
-    return plan.choose(_check(x, *arguments), x[1], x[2], backend, accuracy, state)
+    *checked, state = arguments
+    return plan.choose(_check(x, *checked), x[1], x[2], *checked[-2:], state)
 
 
 def _run(
@@ -180,13 +178,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     stride, padding, *pool = ([value, value] for value in ctx.geometry)
-    geometry = {"stride": stride, "padding": padding}
-    y = reference.conv_bn_act(*ctx.saved_tensors, **geometry)
+    geometry: dict[str, Any] = {"stride": stride, "padding": padding}
+    x, weight, scale, shift = ctx.saved_tensors
+    y = reference.conv_bn_act(x, weight, scale, shift, **geometry)
     rest = (*pool, [1, 1], False)
     _, indices = torch.ops.aten.max_pool2d_with_indices(y, *rest)
     grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, y, *rest, indices)
-    *grads, _ = reference.conv_bn_act_backward(grad, *ctx.saved_tensors, y, needs=ctx.needs_input_grad, **geometry)
-    return tuple(grads)
+    layer = (x, weight, scale, shift, y)
+    return reference.conv_bn_act_backward(grad, *layer, needs=ctx.needs_input_grad, **geometry)[:4]
 
 
 common.register("stem", _run, _fake, _setup_context, _backward)

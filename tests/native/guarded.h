@@ -22,7 +22,8 @@ class Guarded {
   Guarded() = default;
   Guarded(size_t bytes, size_t alignment, Placement placement) : bytes_(bytes), placement_(placement) {
     if (placement == Placement::kHeap) {
-      if (posix_memalign(&base_, alignment < sizeof(void*) ? sizeof(void*) : alignment, bytes ? bytes : 1)) throw std::bad_alloc();
+      if (posix_memalign(&base_, alignment < sizeof(void*) ? sizeof(void*) : alignment, bytes ? bytes : 1))
+        throw std::bad_alloc();
       data_ = static_cast<char*>(base_);
     } else {
       const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));

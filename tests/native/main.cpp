@@ -80,7 +80,7 @@ const Parallel kSerial{run_serial, 1}, kThreaded{run_threads, kThreads};
 struct Case {
   std::string name;
   int n, h, w;
-  std::vector<ConvShape> layers;  // the last one's activation is `relu`, the others' are on
+  std::vector<ConvShape> layers;      // the last one's activation is `relu`, the others' are on
   std::vector<ConvShape> projection;  // none or one
   bool residual = false, relu = true;
   Pool pool{};
@@ -89,7 +89,9 @@ struct Case {
 enum class Values { kReal, kInteger, kNaN };  // kNaN: real, and one NaN in x
 
 const char* name_of(Values v) { return v == Values::kReal ? "real" : v == Values::kInteger ? "integer" : "NaN"; }
-const char* name_of(Algorithm a) { return a == Algorithm::kDirect ? "direct" : a == Algorithm::kWinograd2 ? "winograd2" : "winograd4"; }
+const char* name_of(Algorithm a) {
+  return a == Algorithm::kDirect ? "direct" : a == Algorithm::kWinograd2 ? "winograd2" : "winograd4";
+}
 
 bool takes_winograd(const ConvShape& s) {
   return s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dil_h == 1 && s.dil_w == 1 && s.groups == 1;
@@ -104,7 +106,8 @@ struct Problem {
   Tensor x, residual, expected;
   std::vector<ReferenceLayer> layers;  // the projection last
 
-  Problem(const Case& c, DType dtype, Values values, unsigned seed) : shape(c), dtype(dtype), values(values), random(seed) {
+  Problem(const Case& c, DType dtype, Values values, unsigned seed)
+      : shape(c), dtype(dtype), values(values), random(seed) {
     x = tensor(c.n, c.h, c.w, c.layers[0].c);
     for (const ConvShape& s : c.layers) layers.push_back(layer(s));
     for (const ConvShape& s : c.projection) layers.push_back(layer(s));
@@ -162,14 +165,16 @@ struct PackedLayer {
   Guarded packed, scale, shift;
 };
 
-PackedLayer packed_layer(const Kernels& kernels, const ReferenceLayer& reference, DType dtype, Placement placement, Layer& layer) {
+PackedLayer packed_layer(const Kernels& kernels, const ReferenceLayer& reference, DType dtype, Placement placement,
+                         Layer& layer) {
   const ConvShape& s = reference.shape;
   const size_t element = static_cast<size_t>(element_size(dtype));
   Guarded weight(reference.weight.size() * element, element, placement);
   for (size_t i = 0; i < reference.weight.size(); ++i) write(weight.data(), i, dtype, reference.weight[i]);
   weight.freeze();
   PackedLayer p{Guarded(static_cast<size_t>(pack_shape(kernels, s, dtype, layer.algorithm).bytes), 64, placement),
-                Guarded(static_cast<size_t>(s.k) * 4, 4, placement), Guarded(static_cast<size_t>(s.k) * 4, 4, placement)};
+                Guarded(static_cast<size_t>(s.k) * 4, 4, placement),
+                Guarded(static_cast<size_t>(s.k) * 4, 4, placement)};
   pack(kernels, s, dtype, layer.algorithm, weight.data(), p.packed.data(), kThreaded);
   for (int k = 0; k < s.k; ++k) {
     p.scale.as<float>()[k] = static_cast<float>(reference.scale[k]);
@@ -208,12 +213,15 @@ std::string compare(const Problem& problem, const void* actual, Algorithm algori
     const double got = read(actual, i, problem.dtype);
     // Winograd spreads a NaN over its tile.
     if (problem.values == Values::kNaN && algorithm != Algorithm::kDirect && std::isnan(got)) continue;
-    const bool ok = std::isnan(want) ? std::isnan(got) : exact ? got == want : std::fabs(got - want) <= largest * tolerance(problem.dtype, algorithm);
+    const bool ok = std::isnan(want) ? std::isnan(got)
+                    : exact          ? got == want
+                                     : std::fabs(got - want) <= largest * tolerance(problem.dtype, algorithm);
     if (!ok) {
-      const size_t c = static_cast<size_t>(expected.c), w = static_cast<size_t>(expected.w), h = static_cast<size_t>(expected.h);
+      const size_t c = static_cast<size_t>(expected.c), w = static_cast<size_t>(expected.w),
+                   h = static_cast<size_t>(expected.h);
       char text[160];
-      std::snprintf(text, sizeof text, "out[%zu, %zu, %zu, %zu] is %.9g, expected %.9g (largest %.3g)", i / c / w / h, i / c / w % h,
-                    i / c % w, i % c, got, want, largest);
+      std::snprintf(text, sizeof text, "out[%zu, %zu, %zu, %zu] is %.9g, expected %.9g (largest %.3g)", i / c / w / h,
+                    i / c / w % h, i / c % w, i % c, got, want, largest);
       return text;
     }
   }
@@ -221,10 +229,12 @@ std::string compare(const Problem& problem, const void* actual, Algorithm algori
 }
 
 // Runs a problem three times: to let the workspaces grow, with NaN in them, and in threads or at the same time twice.
-std::string run(const Kernels& kernels, const Problem& problem, Algorithm algorithm, Placement placement, unsigned seed) {
+std::string run(const Kernels& kernels, const Problem& problem, Algorithm algorithm, Placement placement,
+                unsigned seed) {
   const Case& c = problem.shape;
   const size_t element = static_cast<size_t>(element_size(problem.dtype));
-  const Guarded x = input(problem.x, problem.dtype, placement), residual = input(problem.residual, problem.dtype, placement);
+  const Guarded x = input(problem.x, problem.dtype, placement),
+                residual = input(problem.residual, problem.dtype, placement);
   Block block;
   block.n = c.n;
   block.h = c.h;
@@ -242,7 +252,8 @@ std::string run(const Kernels& kernels, const Problem& problem, Algorithm algori
   }
   block.has_projection = !c.projection.empty();
   block.projection.relu = false;
-  if (block.has_projection) packed.push_back(packed_layer(kernels, problem.layers.back(), problem.dtype, placement, block.projection));
+  if (block.has_projection)
+    packed.push_back(packed_layer(kernels, problem.layers.back(), problem.dtype, placement, block.projection));
 
   // Aligned outputs may be written past the cache, others not: both.
   const size_t alignment = seed % 2 ? 64 : element, bytes = problem.expected.data.size() * element;
@@ -267,8 +278,37 @@ std::string run(const Kernels& kernels, const Problem& problem, Algorithm algori
     std::thread other([&] { run_into(third, kSerial); });
     run_into(fourth, kSerial);
     other.join();
-    if (std::memcmp(first.data(), third.data(), bytes) || std::memcmp(first.data(), fourth.data(), bytes)) return "two at once differ";
+    if (std::memcmp(first.data(), third.data(), bytes) || std::memcmp(first.data(), fourth.data(), bytes))
+      return "two at once differ";
   }
+  return "";
+}
+
+// The pool of output tensors, from several threads: a freed block comes back, and idle ones stay under the limit.
+std::string check_pool() {
+  void* const block = pool_allocate(100000);
+  std::memset(block, 1, 100000);
+  pool_free(block);
+  if (pool_allocate(100000) != block) return "a freed block is not used again";
+  pool_free(block);
+  const size_t limit = pool_limit();
+  set_pool_limit(1 << 20);
+  std::vector<std::thread> threads;
+  for (int t = 1; t <= kThreads; ++t)
+    threads.emplace_back([t] {
+      for (size_t i = 0; i < 200; ++i) {
+        const size_t bytes = i * 4099 % (300000 * static_cast<size_t>(t));
+        auto* const data = static_cast<char*>(pool_allocate(bytes));
+        std::memset(data, t, bytes);
+        if (bytes && (data[0] != t || data[bytes - 1] != t)) std::abort();
+        pool_free(data);
+      }
+    });
+  for (std::thread& t : threads) t.join();
+  set_pool_limit(limit);
+  if (cached_bytes() > 1 << 20) return "idle blocks exceed the limit";
+  release_memory();
+  if (cached_bytes()) return "memory is kept after release_memory()";
   return "";
 }
 
@@ -278,7 +318,12 @@ ConvShape conv(int c, int k, int r, int s, int stride = 1, int pad = 0, int dila
 }
 
 Case bottleneck(int n, int h, int w, int c, int mid, int out, int stride1, int stride2, int dilation) {
-  Case b{"bottleneck", n, h, w, {conv(c, mid, 1, 1, stride1), conv(mid, mid, 3, 3, stride2, dilation, dilation), conv(mid, out, 1, 1)}, {}};
+  Case b{"bottleneck",
+         n,
+         h,
+         w,
+         {conv(c, mid, 1, 1, stride1), conv(mid, mid, 3, 3, stride2, dilation, dilation), conv(mid, out, 1, 1)},
+         {}};
   if (c == out && stride1 * stride2 == 1)
     b.residual = true;
   else
@@ -287,7 +332,12 @@ Case bottleneck(int n, int h, int w, int c, int mid, int out, int stride1, int s
 }
 
 Case basic_block(int n, int h, int w, int c, int out, int stride, int dilation) {
-  Case b{"basic_block", n, h, w, {conv(c, out, 3, 3, stride, dilation, dilation), conv(out, out, 3, 3, 1, dilation, dilation)}, {}};
+  Case b{"basic_block",
+         n,
+         h,
+         w,
+         {conv(c, out, 3, 3, stride, dilation, dilation), conv(out, out, 3, 3, 1, dilation, dilation)},
+         {}};
   if (c == out && stride == 1)
     b.residual = true;
   else
@@ -299,7 +349,9 @@ Case layer(int n, int h, int w, const ConvShape& shape, bool residual = false, b
   return {"conv", n, h, w, {shape}, {}, residual, relu, {}};
 }
 
-Case stem(int n, int h, int w, const ConvShape& shape, Pool pool) { return {"stem", n, h, w, {shape}, {}, false, true, pool}; }
+Case stem(int n, int h, int w, const ConvShape& shape, Pool pool) {
+  return {"stem", n, h, w, {shape}, {}, false, true, pool};
+}
 
 std::vector<Case> fixed_cases() {
   ConvShape uneven = conv(7, 9, 3, 5, 2, 1);
@@ -317,10 +369,14 @@ std::vector<Case> fixed_cases() {
       layer(3, 7, 7, conv(65, 130, 1, 1, 2)),
       layer(1, 12, 12, conv(32, 64, 3, 3, 1, 3, 3), false, false),
       layer(1, 5, 5, conv(16, 16, 3, 3, 1, 2), false, false),
-      layer(2, 96, 96, conv(16, 64, 1, 1), true),  // 4 MiB: written past the caches
-      layer(1, 40, 7, conv(256, 512, 1, 1), true),
+      layer(2, 96, 96, conv(4, 64, 1, 1), true),   // an output of 4 MiB is written past the caches
+      layer(1, 6, 7, conv(1024, 48, 1, 1), true),  // pixels 4 KiB apart are gathered
+      layer(1, 20, 7, conv(256, 400, 1, 1)),       // weights beyond L2
+      layer(1, 5, 6, conv(192, 40, 3, 3, 1, 1)),   // panels beyond L1: float32
+      layer(1, 5, 6, conv(400, 33, 3, 3, 1, 1)),   // and bfloat16
+      layer(4, 7, 7, conv(512, 16, 3, 3, 1, 1)),   // Winograd products of one frequency at a time
       bottleneck(2, 7, 7, 64, 16, 64, 1, 1, 1),
-      bottleneck(1, 28, 28, 64, 64, 256, 1, 1, 1),
+      bottleneck(1, 28, 28, 64, 16, 64, 1, 1, 1),
       bottleneck(1, 14, 14, 48, 24, 96, 1, 2, 1),
       bottleneck(2, 9, 11, 20, 12, 40, 2, 1, 1),
       bottleneck(1, 10, 6, 32, 16, 32, 1, 1, 2),
@@ -328,7 +384,7 @@ std::vector<Case> fixed_cases() {
       bottleneck(1, 1, 1, 8, 4, 8, 1, 1, 1),
       basic_block(2, 14, 14, 16, 16, 1, 1),
       basic_block(1, 13, 9, 16, 32, 2, 1),
-      basic_block(1, 28, 28, 64, 64, 1, 1),
+      basic_block(1, 28, 28, 24, 24, 1, 1),
       basic_block(1, 7, 7, 5, 7, 1, 1),
       stem(1, 32, 32, conv(3, 64, 7, 7, 2, 3), {3, 2, 1}),
       stem(2, 17, 23, conv(3, 20, 7, 7, 2, 3), {3, 2, 1}),
@@ -337,7 +393,9 @@ std::vector<Case> fixed_cases() {
 }
 
 Case random_case(std::mt19937& random) {
-  auto pick = [&](int low, int high) { return low + static_cast<int>(random() % static_cast<unsigned>(high - low + 1)); };
+  auto pick = [&](int low, int high) {
+    return low + static_cast<int>(random() % static_cast<unsigned>(high - low + 1));
+  };
   auto channels = [&] { return random() % 3 ? pick(1, 40) : 16 * pick(1, 6); };
   const int n = pick(1, 3), h = pick(1, 18), w = pick(1, 18), dilation = random() % 4 ? 1 : 2;
   switch (random() % 4) {
@@ -351,10 +409,12 @@ Case random_case(std::mt19937& random) {
     }
     case 2: {
       const int r = pick(1, 7), kernel = pick(1, 3);
-      return stem(n, h + 2 * r, w + 2 * r, conv(pick(1, 20), channels(), r, r, pick(1, 2), r / 2), {kernel, pick(1, 3), pick(0, kernel / 2)});
+      return stem(n, h + 2 * r, w + 2 * r, conv(pick(1, 20), channels(), r, r, pick(1, 2), r / 2),
+                  {kernel, pick(1, 3), pick(0, kernel / 2)});
     }
     default: {
-      const int groups = random() % 3 ? 1 : pick(1, 5), r = random() % 2 ? 3 : pick(1, 5), s = random() % 4 ? r : pick(1, 5);
+      const int groups = random() % 3 ? 1 : pick(1, 5), r = random() % 2 ? 3 : pick(1, 5),
+                s = random() % 4 ? r : pick(1, 5);
       ConvShape shape = conv(groups * pick(1, 24), groups * pick(1, 40), r, s, pick(1, 2), r / 2, dilation, groups);
       if (random() % 2) shape.stride_h = shape.stride_w = 1;
       shape.pad_w = random() % 4 ? s / 2 : pick(0, 4);
@@ -367,14 +427,15 @@ std::string describe(const Case& c) {
   std::string text = c.name + " n=" + std::to_string(c.n) + " " + std::to_string(c.h) + "x" + std::to_string(c.w);
   auto add = [&](const char* what, const ConvShape& s) {
     char buffer[160];
-    std::snprintf(buffer, sizeof buffer, " %s(c=%d k=%d %dx%d stride=%d,%d pad=%d,%d dil=%d,%d groups=%d)", what, s.c, s.k, s.r, s.s,
-                  s.stride_h, s.stride_w, s.pad_h, s.pad_w, s.dil_h, s.dil_w, s.groups);
+    std::snprintf(buffer, sizeof buffer, " %s(c=%d k=%d %dx%d stride=%d,%d pad=%d,%d dil=%d,%d groups=%d)", what, s.c,
+                  s.k, s.r, s.s, s.stride_h, s.stride_w, s.pad_h, s.pad_w, s.dil_h, s.dil_w, s.groups);
     text += buffer;
   };
   for (const ConvShape& s : c.layers) add("conv", s);
   for (const ConvShape& s : c.projection) add("projection", s);
   if (c.pool.kernel)
-    text += " pool(" + std::to_string(c.pool.kernel) + "," + std::to_string(c.pool.stride) + "," + std::to_string(c.pool.pad) + ")";
+    text += " pool(" + std::to_string(c.pool.kernel) + "," + std::to_string(c.pool.stride) + "," +
+            std::to_string(c.pool.pad) + ")";
   return text + (c.residual ? " residual" : "") + (c.relu ? "" : " no-relu");
 }
 
@@ -400,6 +461,11 @@ int main(int argc, char** argv) {
   for (int i = 0; i < case_count; ++i) cases.push_back(random_case(random));
 
   int failures = 0;
+  std::snprintf(current, sizeof current, "pool");
+  if (const std::string error = check_pool(); !error.empty()) {
+    std::printf("FAILED pool: %s\n", error.c_str());
+    ++failures;
+  }
   std::vector<int> passed(kIsaCount);
   for (size_t i = 0; i < cases.size(); ++i)
     for (DType dtype : {DType::kF32, DType::kBf16})
@@ -414,8 +480,8 @@ int main(int argc, char** argv) {
             const auto& layers = cases[i].layers;
             if (algorithm != Algorithm::kDirect && std::none_of(layers.begin(), layers.end(), takes_winograd)) continue;
             const auto placement = static_cast<Placement>((i + static_cast<size_t>(values)) % 3);
-            std::snprintf(current, sizeof current, "%s %s %s %s: %s", isa_text, name_of(algorithm), dtype == DType::kBf16 ? "bf16" : "f32",
-                          name_of(values), describe(cases[i]).c_str());
+            std::snprintf(current, sizeof current, "%s %s %s %s: %s", isa_text, name_of(algorithm),
+                          dtype == DType::kBf16 ? "bf16" : "f32", name_of(values), describe(cases[i]).c_str());
             std::string error;
             try {
               error = run(kernels_of(static_cast<Isa>(isa)), problem, algorithm, placement, problem_seed);

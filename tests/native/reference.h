@@ -58,8 +58,10 @@ inline Tensor max_pool(const Tensor& x, const resnet_fused::cpu::Pool& pool) {
       for (int q = 0; q < y.w; ++q)
         for (int k = 0; k < y.c; ++k) {
           double m = -INFINITY;
-          for (int r = std::max(0, p * pool.stride - pool.pad); r < std::min(x.h, p * pool.stride - pool.pad + pool.kernel); ++r)
-            for (int t = std::max(0, q * pool.stride - pool.pad); t < std::min(x.w, q * pool.stride - pool.pad + pool.kernel); ++t) {
+          for (int r = std::max(0, p * pool.stride - pool.pad);
+               r < std::min(x.h, p * pool.stride - pool.pad + pool.kernel); ++r)
+            for (int t = std::max(0, q * pool.stride - pool.pad);
+                 t < std::min(x.w, q * pool.stride - pool.pad + pool.kernel); ++t) {
               const double v = x.at(i, r, t, k);
               if (v > m || std::isnan(v)) m = v;
             }

@@ -1,0 +1,37 @@
+"""Settings shared by all tests."""
+
+import hypothesis
+import pytest
+import torch
+
+from resnet_fused.kernels import native
+
+# The same examples on every run, and no limit on the time of one: the first call of a shape is slower than the next.
+hypothesis.settings.register_profile("default", derandomize=True, deadline=None, max_examples=60)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_configure():
+    if native.LIBRARY_PATH.exists() and not native.available():
+        pytest.exit(f"the native library was built, but cannot be used: {native.reason()}", returncode=1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_generate_tests(metafunc):
+    if "isa" in metafunc.fixturenames:
+        reason = "the native library is not built"
+        names = native.bindings.isas() if native.bindings else [pytest.param("none", marks=pytest.mark.skip(reason))]
+        metafunc.parametrize("isa", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def isa(request):
+    """Run the test once with every instruction set that this machine has."""
+    previous = native.bindings.isa()
+    native.bindings.set_isa(request.param)
+    yield request.param
+    native.bindings.set_isa(previous)
