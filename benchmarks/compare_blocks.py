@@ -22,7 +22,7 @@ from rich.table import Table
 import resnet_fused as rf
 from resnet_fused import bench, environment, report
 
-CONTENDERS = ("eager", "layer-fused", "fused", "fused fast")
+CONTENDERS = ("eager", "layer-fused", "fused", "fast")
 
 
 def main(

@@ -134,7 +134,9 @@ def env(
     console.print(table)
     if kernels:
         entries = environment.kernel_table()
-        listing = Table(*(entries[0] if entries else ("kernel",)), title="Compiled kernels")
+        listing = Table(title="Compiled kernels")
+        for name in entries[0] if entries else ("kernel",):
+            listing.add_column(name, overflow="fold")
         for entry in entries:
             listing.add_row(*map(str, entry.values()))
         console.print(listing)

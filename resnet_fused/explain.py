@@ -135,7 +135,8 @@ class _Watch(TorchDispatchMode):
         self.rows.append(PlanRow(block, kernel, choice.backend, algorithm, why, choice.shape.flops))
 
     def _unfused(self, x: Tensor, weight: Tensor, y: Tensor, transposed: bool) -> None:
-        name = self._convs.get(id(weight), "(no module's weight)")
-        why = self._reasons.get(name, "no BatchNorm that follows it was found")
+        name, why = self._convs.get(id(weight), ""), "its weight is computed, by autocast or otherwise"
+        if name:
+            why = self._reasons.get(name, "no BatchNorm that follows it was found")
         flops = 2 * (x if transposed else y).numel() * weight[0].numel()
         self.rows.append(PlanRow(name, "unfused", "torch", "", why, flops))

@@ -53,6 +53,9 @@ class Case:
         options = {name: t.double().abs() if isinstance(t, Tensor) else t for name, t in self.options.items()}
         return FORMULAS[self.op](*args, **options).max().item()
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # hypothesis would print every element
+
     def __repr__(self) -> str:
         def short(t: Any) -> Any:
             return f"{str(t.dtype)[6:]}{list(t.shape)}{list(t.stride())}" if isinstance(t, Tensor) else t

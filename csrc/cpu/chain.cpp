@@ -20,7 +20,6 @@ namespace resnet_fused::cpu {
 namespace {
 
 constexpr int64_t kLine = 64;                // bytes of a cache line
-constexpr int64_t kResident = 384 * 1024;    // weights that stay in L2 while tiles of one step pass
 constexpr int64_t kPanelLimit = 200 * 1024;  // larger panels are taken one tap row at a time, partial sums in L2
 constexpr int64_t kAheadBytes = 512 * 1024;  // of x, prefetched into L2 at most
 constexpr int64_t kGroupBytes = 256 * 1024;  // of A, gathered at once
@@ -48,7 +47,8 @@ struct Stage {
   bool last;
   // storage of the input level
   bool in_place;  // 1x1 straight from x, or gathered from it
-  bool gather;
+  bool gather;    // rows of A are copied together first: from x, or from the taps of a level
+  int64_t gather_pitch;
   bool merged;    // one tap per kernel row: a row of the window is contiguous
   int64_t pitch;  // bytes between pixels
   int columns;    // pixels of a row, padding included
@@ -94,6 +94,7 @@ struct Chain {
     if (st.m && (s.stride_h != 1 || s.stride_w != 1 || s.dil_h != 1 || s.dil_w != 1))
       throw std::invalid_argument("algorithm: Winograd takes stride=1 and dilation=1");
     const int64_t element = st.pack.bf16 ? 2 : 4;
+    st.gather_pitch = round_up(int64_t{st.pack.words} * 4, kLine) + kLine;
     st.in_place = first && s.r == 1 && s.s == 1 && s.pad_h == 0 && s.pad_w == 0 && s.groups == 1;
     if (st.in_place) {
       const int64_t pixel = int64_t{s.c} * element_size(block.dtype);
@@ -102,15 +103,17 @@ struct Chain {
       const int sub = st.pack.bf16 ? kernels.bf16_sub : kernels.sub_max;
       st.gather = st.pack.bf16 != (block.dtype == DType::kBf16) || int64_t{st.pack.words} * 4 != pixel ||
                   (int64_t{block.n} * h * w - 1) / s.stride_w + 1 < sub || pixel * s.stride_w % 4096 == 0;
-      st.pitch = st.gather ? round_up(int64_t{st.pack.words} * 4, kLine) + kLine : pixel * s.stride_w;
+      st.pitch = pixel * s.stride_w;
       return st;
     }
     st.columns = w + 2 * s.pad_w;
     if (st.m) st.columns = static_cast<int>(ceil_div(st.out_w, st.m)) * st.m + 2;
-    if (first) {
-      st.merged = !st.pack.bf16 && !st.m && s.groups == 1 && s.c < 16 && s.dil_w == 1;
-      st.pitch = st.merged ? s.c * element
-                           : round_up(std::max<int64_t>(int64_t{st.pack.words} * 4, s.c * element), kLine) + kLine;
+    st.gather = st.pack.flat;
+    if (first && s.c < 16 && s.groups == 1 && !st.m) {
+      st.merged = s.dil_w == 1;
+      st.pitch = s.c * element;
+    } else if (first) {
+      st.pitch = round_up(std::max<int64_t>(int64_t{st.pack.words} * 4, s.c * element), kLine) + kLine;
     } else {
       st.pitch = round_up(s.c, kernels.panel) * element + kLine;  // written in whole panels
     }
@@ -163,10 +166,11 @@ struct Chain {
     return st.pack.taps * tiles * (winograd_pitch(st) + kernels.panel) * 4;
   }
   int64_t group_tiles(const Stage& st) const {
-    return std::max<int64_t>(1, kGroupBytes / (st.pitch * 2 * (st.pack.bf16 ? kernels.bf16_sub : kernels.sub_max)));
+    return std::max<int64_t>(1,
+                             kGroupBytes / (st.gather_pitch * 2 * (st.pack.bf16 ? kernels.bf16_sub : kernels.sub_max)));
   }
   int64_t gather_bytes(const Stage& st) const {
-    return st.in_place && st.gather ? group_tiles(st) * kMaxTileRows * st.pitch + 4096 : 0;
+    return st.gather ? group_tiles(st) * kMaxTileRows * st.gather_pitch + 4096 : 0;
   }
 };
 
@@ -391,10 +395,11 @@ class Unit {
         char* d = level_row(0, i, r) + s.pad_w * st.pitch;
         const char* src = x_ + (int64_t{i} * st.in_h + r) * st.in_w * pixel;
         if (st.merged) {
-          copy_channels(src, d, narrow, st.pack.bf16, int64_t{s.c} * st.in_w, int64_t{s.c} * st.in_w * 4);
+          copy_channels(src, d, narrow, st.pack.bf16, int64_t{s.c} * st.in_w, 0);
         } else {
           for (int x = 0; x < st.in_w; ++x)
-            copy_channels(src + x * pixel, d + x * st.pitch, narrow, st.pack.bf16, s.c, st.pitch - kLine);
+            copy_channels(src + x * pixel, d + x * st.pitch, narrow, st.pack.bf16, s.c,
+                          std::max<int64_t>(0, st.pitch - kLine));
         }
       }
   }
@@ -540,11 +545,29 @@ class Unit {
     });
   }
 
-  void gather(const Stage& st, const SubTile& tile, int sub, char* d) const {
-    const int64_t pixel = int64_t{st.layer->shape.c} * element_size(block_.dtype);
-    for (int i = 0; i < sub; ++i)
-      copy_channels(x_ + tile.src[i] * pixel, d + i * st.pitch, block_.dtype == DType::kBf16, st.pack.bf16,
-                    st.layer->shape.c, int64_t{st.pack.words} * 4);
+  // The rows of A of a sub-tile, one after the other, zeros behind the channels.
+  void gather(int l, const Stage& st, const SubTile& tile, int64_t lda, int sub, char* d) const {
+    const ConvShape& s = st.layer->shape;
+    const int64_t bytes = int64_t{st.pack.words} * 4;
+    if (st.in_place) {
+      const int64_t pixel = int64_t{s.c} * element_size(block_.dtype);
+      for (int i = 0; i < sub; ++i, d += st.gather_pitch)
+        copy_channels(x_ + tile.src[i] * pixel, d, block_.dtype == DType::kBf16, st.pack.bf16, s.c, bytes);
+      return;
+    }
+    const int runs = st.merged ? 1 : s.s;  // contiguous parts of a kernel row
+    const int64_t run = (st.merged ? s.s : 1) * s.c * int64_t{2};
+    for (int i = 0; i < sub; ++i, d += st.gather_pitch) {
+      const char* const pixel = level_[l] + tile.a + i * lda;
+      char* p = d;
+      for (int r = 0; r < s.r; ++r)
+        for (int x = 0; x < runs; ++x, p += run) {
+          const char* const src = pixel + (int64_t{r} * s.dil_h * st.columns + int64_t{x} * s.dil_w) * st.pitch;
+          // in whole pieces: the next run, or the zeros, overwrite what is too much
+          for (int64_t b = 0; b < run; b += 32) std::memcpy(p + b, src + b, 32);
+        }
+      std::memset(p, 0, static_cast<size_t>(d + bytes - p));
+    }
   }
 
   static const char* weights(const Stage& st) { return reinterpret_cast<const char*>(st.layer->packed + 1); }
@@ -604,21 +627,21 @@ class Unit {
       std::fill_n(tiles.back().dst, sub, -1);
     }
     const int count = static_cast<int>(tiles.size() / 2);
-    const int per_row = st.merged ? 1 : s.s;  // taps of a kernel row
-    const int words = st.merged ? st.pack.words * s.s : st.pack.words;
+    // Taps: pixels of the window; where those of a kernel row are contiguous, rows; where they are gathered, one.
+    const int rows = st.pack.flat ? 1 : s.r, per_row = st.merged || st.pack.flat ? 1 : s.s;
+    const int words = st.merged && !st.pack.flat ? st.pack.words * s.s : st.pack.words;
     taps.clear();
-    for (int r = 0; r < s.r; ++r)
+    for (int r = 0; r < rows; ++r)
       for (int x = 0; x < per_row; ++x)
         taps.push_back({(int64_t{r} * s.dil_h * st.columns + int64_t{x} * s.dil_w) * st.pitch,
                         (int64_t{r} * per_row + x) * words * panel * 4});
-    const int splits = st.pack.panel_bytes > kPanelLimit ? s.r : 1;  // of the taps, by kernel row
+    const int splits = st.pack.panel_bytes > kPanelLimit ? rows : 1;  // of the taps, by kernel row
     const int split_taps = static_cast<int>(taps.size()) / splits;
 
-    // Weights that stay in L2: a tile goes through all panels while its rows are in L1. Else a panel through all tiles.
-    const bool resident = st.pack.panel_bytes * (panel_end - panel_begin) <= kResident && splits == 1;
-    int group = resident ? 1 : count;
+    // A panel goes through all tiles: its weights stay in L1, or L2, and the tiles' rows follow each other.
+    int group = count;
     char* gathered = nullptr;
-    if (st.in_place && st.gather) {
+    if (st.gather) {
       group = static_cast<int>(std::min<int64_t>(group, chain_.group_tiles(st)));
       gathered = static_cast<char*>(workspace(Slot::kPacked, static_cast<size_t>(chain_.gather_bytes(st))));
     }
@@ -646,8 +669,10 @@ class Unit {
       const int group_end = std::min(count, g + group);
       if (gathered)
         for (int i = 2 * g; i < 2 * group_end; ++i) {
-          tiles[i].a = int64_t{i - 2 * g} * sub * st.pitch;
-          gather(st, tiles[i], sub, gathered + tiles[i].a);
+          const int64_t row = int64_t{i - 2 * g} * sub * st.gather_pitch;
+          gather(l, st, tiles[i], lda, sub, gathered + row);
+          tiles[i].a = row;
+          tiles[i].y = INT_MIN;
         }
       for (int n = panel_begin; n < panel_end; n += tile.panels) {
         EpilogueArgs e[2];
@@ -657,7 +682,7 @@ class Unit {
         }
         const int64_t group_offset = int64_t{n / st.pack.panels} * (s.c / s.groups) * 4;  // groups are float32
         GemmArgs args{};
-        args.lda = lda;
+        args.lda = st.gather ? st.gather_pitch : lda;
         args.words = words;
         args.b = weights(st) + n * st.pack.panel_bytes;
         args.b2 = args.b + st.pack.panel_bytes;
@@ -858,9 +883,10 @@ class Unit {
 };
 
 // ---- schedule ----------------------------------------------------------------------------------------------------
-constexpr int kUnitPixels = 392;  // output pixels of a unit over which its weights are streamed once
-constexpr int kStepPixels = 224;  // output pixels of a step: enough tiles per panel, and the levels stay in L2
-constexpr int kWinogradStepPixels = 448;
+// Sizes in bytes of one channel of what a unit and a step compute: weights are streamed once a unit, and the levels of
+// a step stay in L2. Measured on ResNet-50's blocks, half and double cost up to 5%.
+constexpr int64_t kUnitBytes = 800;
+constexpr int64_t kStepBytes = 896;
 constexpr int kSplitPixels = 128;  // fewer output pixels per thread than this: threads share channels
 
 Schedule choose_schedule(const Chain& chain, int threads) {
@@ -869,7 +895,18 @@ Schedule choose_schedule(const Chain& chain, int threads) {
   const int out_w = b.pool.kernel ? b.pool.out(chain.final_w) : chain.final_w;
   const int64_t pixels = int64_t{out_h} * out_w;
   Schedule p{};
-  p.images = static_cast<int>(std::clamp<int64_t>(ceil_div(kUnitPixels / 2, pixels), 1, std::max(1, b.n / threads)));
+  bool winograd = false;
+  int m = 1;
+  for (int l = 0; l < chain.count; ++l)
+    if (chain.stages[l].m) {
+      winograd = true;
+      m = chain.stages[l].m;
+    }
+  const int64_t element = winograd ? 4 : element_size(b.dtype);
+  // Units of equal size, a whole number of them for each thread.
+  const int64_t share = std::max(1, b.n / threads);
+  const int64_t wanted = std::clamp<int64_t>(ceil_div(kUnitBytes / element, pixels), 1, share);
+  p.images = static_cast<int>(ceil_div(share, ceil_div(share, wanted)));
   p.split_channels = threads > 1 && b.n * pixels < int64_t{kSplitPixels} * threads;
   if (p.split_channels) {
     p.images = b.n;
@@ -884,20 +921,12 @@ Schedule choose_schedule(const Chain& chain, int threads) {
          ceil_div(groups * p.bands, threads) * threads * 10 > groups * p.bands * 11)
     ++p.bands;
   const int band = static_cast<int>(ceil_div(out_h, p.bands));
-  bool winograd = false;
-  int m = 1;
-  for (int l = 0; l < chain.count; ++l)
-    if (chain.stages[l].m) {
-      winograd = true;
-      m = chain.stages[l].m;
-    }
   if (p.images > 1) {  // whole images: rows of different images then lie one after the other
     p.bands = 1;
     p.rows = out_h;
     return p;
   }
-  const int64_t target = winograd ? kWinogradStepPixels : kStepPixels;
-  int64_t rows = std::clamp<int64_t>(ceil_div(target, int64_t{out_w} * p.images), 1, band);
+  int64_t rows = std::clamp<int64_t>(ceil_div(kStepBytes / element, out_w), 1, band);
   rows = ceil_div(band, ceil_div(band, rows));  // steps of equal height
   p.rows = static_cast<int>(std::min<int64_t>(band, round_up<int64_t>(rows, m)));
   return p;

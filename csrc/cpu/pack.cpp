@@ -52,9 +52,11 @@ void pack_panel(const Kernels& kernels, const ConvShape& s, const PackShape& p, 
             f32[(int64_t{a * t + b} * c + i) * panel + column] =
                 static_cast<float>(half[a][0] * g(b, 0) + half[a][1] * g(b, 1) + half[a][2] * g(b, 2));
       } else if (p.bf16) {
-        for (int tap = 0; tap < window; ++tap)
-          bf16[((int64_t{tap} * p.words + i / 2) * panel + column) * 2 + i % 2] =
-              static_cast<const uint16_t*>(weight)[w + tap];
+        for (int tap = 0; tap < window; ++tap) {
+          const int64_t word = p.flat ? (int64_t{tap} * c + i) / 2 : int64_t{tap} * p.words + i / 2;
+          const int64_t half = p.flat ? (int64_t{tap} * c + i) % 2 : i % 2;
+          bf16[(word * panel + column) * 2 + half] = static_cast<const uint16_t*>(weight)[w + tap];
+        }
       } else {
         for (int tap = 0; tap < window; ++tap)
           f32[(int64_t{tap} * c + i) * panel + column] = to_f32(weight, w + tap, dtype);
@@ -70,12 +72,11 @@ PackShape pack_shape(const Kernels& kernels, const ConvShape& s, DType dtype, Al
     throw std::invalid_argument("algorithm: Winograd takes a 3x3 kernel with groups=1, got " + std::to_string(s.r) +
                                 "x" + std::to_string(s.s) + " with groups=" + std::to_string(s.groups));
   PackShape p;
-  // Few channels (a stem) would waste most of a bfloat16 tap: float32 there, and in groups, whose slices are not
-  // aligned.
-  p.bf16 = dtype == DType::kBf16 && kernels.bf16_sub > 0 && !m && s.groups == 1 && c >= 16;
-  p.taps = m ? (m + 2) * (m + 2) : s.r * s.s;
-  const int unit = kernels.bf16_word_multiple;
-  p.words = p.bf16 ? ((c + 1) / 2 + unit - 1) / unit * unit : c;
+  p.bf16 = dtype == DType::kBf16 && kernels.bf16_sub > 0 && !m && s.groups == 1;  // slices of groups are not aligned
+  p.flat = p.bf16 && c < 16;  // a tap of a stem's 3 channels would be mostly padding
+  p.taps = m ? (m + 2) * (m + 2) : p.flat ? 1 : s.r * s.s;
+  const int unit = kernels.bf16_word_multiple, depth = p.flat ? c * s.r * s.s : c;
+  p.words = p.bf16 ? ((depth + 1) / 2 + unit - 1) / unit * unit : c;
   p.panels = (k + kernels.panel - 1) / kernels.panel;
   p.panel_bytes = static_cast<int64_t>(p.taps) * p.words * kernels.panel * 4;
   p.bytes = static_cast<int64_t>(sizeof(PackHeader)) + s.groups * p.panels * p.panel_bytes;

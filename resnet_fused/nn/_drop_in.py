@@ -34,8 +34,11 @@ class DropIn(Fused):
         assert isinstance(self, nn.Module)
         settings = self._settings if self._fusion is None else self._fusion.settings
         model = Model(self)
+        self._fusion, self._unfused_reasons = None, {}
         try:
             candidates = match_block(self, model, settings, True) or match_block(self, model, settings, False)
-            self._fusion = Prober().choose(candidates, type(self).__name__) if candidates else None
-        except Refused:
-            self._fusion = None
+            if candidates:
+                self._fusion = Prober().choose(candidates, type(self).__name__)
+        except Refused as error:
+            convs = (name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
+            self._unfused_reasons = dict.fromkeys(convs, str(error))

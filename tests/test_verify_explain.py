@@ -1,0 +1,156 @@
+"""verify judges, explain tells."""
+
+import copy
+import json
+
+import pytest
+import torch
+from nets import BLOCKS, TinyBackbone, images, tiny
+from torch import nn
+
+import resnet_fused as rf
+from resnet_fused.errors import InputError
+from resnet_fused.verify import judge, largest_error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_report(dtype):
+    model, x = tiny().to(dtype), images(dtype=dtype)
+    report = rf.verify(model, rf.fuse(model), x)
+    assert report.ok
+    assert [row.block for row in report.rows] == [*BLOCKS, "end to end"]
+    assert [row.kernel for row in report.rows] == ["stem", *["bottleneck"] * 2, *["basic_block"] * 2, ""]
+    assert all(0 < row.error <= row.limit for row in report.rows)
+    assert report.dtype == str(dtype)[6:]
+    assert report.flipped == 0
+    text = str(report)
+    assert "parity holds" in text and "layer2.1" in text and "\x1b" not in text
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["ok"] is True and len(data["rows"]) == 6
+
+
+def test_a_wrong_block_is_found():
+    model, x = tiny(), images()
+    fast = rf.fuse(model)
+    with torch.no_grad():
+        fast.layer1[1].bn2.bias.add_(1e-5)
+    report = rf.verify(model, fast, x)
+    assert not report.ok
+    assert [row.block for row in report.rows if not row.ok][0] == "layer1.1"
+    assert "PARITY DOES NOT HOLD" in str(report) and "FAIL" in str(report)
+
+
+def test_a_wrong_format_or_hidden_layer_is_found_end_to_end():
+    model, x = tiny(), images()
+    fast = rf.fuse(model)
+    with torch.no_grad():
+        fast.fc.bias.add_(1.0)
+    report = rf.verify(model, fast, x)
+    assert [row.block for row in report.rows if not row.ok] == ["end to end"]
+
+
+def test_verify_leaves_the_models_alone():
+    model, x = tiny(), images()
+    fast = rf.fuse(model)
+    before = [copy.deepcopy(m.state_dict()) for m in (model, fast)]
+    rf.verify(model, fast, x)
+    for m, state in zip((model, fast), before, strict=True):
+        assert all(torch.equal(t, u) for t, u in zip(m.state_dict().values(), state.values(), strict=True))
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_model_against_itself():
+    model, x = rf.fuse(tiny()), images()
+    assert rf.verify(model, model, x).ok
+    assert [row.block for row in rf.verify(model, model, x).rows] == [*BLOCKS, "end to end"]
+
+
+def test_images_out():
+    model = tiny(TinyBackbone)
+    report = rf.verify(model, rf.fuse(model), images())
+    assert report.ok and report.flipped is None
+
+
+def test_nan_and_infinity():
+    nan, inf = float("nan"), float("inf")
+    exact = [torch.tensor([1.0, nan, inf], dtype=torch.float64)]
+    assert largest_error([torch.tensor([1.0, nan, inf])], exact) == 0
+    for wrong in ([1.0, 2.0, inf], [1.0, nan, -inf], [nan, nan, inf], [1.0, nan, 3.0]):
+        assert not judge("", "", [torch.tensor(wrong)], [torch.tensor([1.0, nan, inf])], exact, 0.0).ok
+
+
+def test_empty_batch():
+    model = tiny()
+    assert rf.verify(model, rf.fuse(model), images(0)).ok
+
+
+def test_fast_accuracy_has_a_limit_of_its_own():
+    model, x = tiny(), images()
+    strict, fast = (rf.verify(model, rf.fuse(model, accuracy=a), x) for a in ("strict", "fast"))
+    assert all(f.limit > s.limit for f, s in zip(fast.rows, strict.rows, strict=True))
+    block = fast.rows[1]
+    assert block.limit == pytest.approx(1e-5 * block.magnitude)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda: (tiny().train(), rf.fuse(tiny())), "model must be in eval mode, got TinyResNet in train mode"),
+        (lambda: (tiny(), rf.fuse(tiny()).train()), "fast must be in eval mode"),
+        (lambda: (tiny(), tiny()), "fast must be a fused model, got TinyResNet with nothing fused"),
+        (lambda: (nn.Identity().eval(), rf.fuse(tiny())), "model must have the module 'conv1' that fast has, got Identity"),
+        (lambda: (3, rf.fuse(tiny())), r"model must be a torch.nn.Module, got int"),
+        (lambda: (tiny(TinyBackbone), rf.fuse(tiny())), "fast must give outputs of the model's shapes"),
+    ],
+)
+def test_bad_input_of_verify(arguments, message):
+    with pytest.raises(InputError, match=message):
+        rf.verify(*arguments(), images())
+
+
+def test_plan():
+    plan = rf.explain(rf.fuse(tiny(), backend="reference"), images())
+    assert [row.block for row in plan.rows] == BLOCKS
+    assert all(row.backend == "reference" and row.algorithm == "torch" for row in plan.rows)
+    assert plan.coverage == 1.0
+    text = str(plan)
+    assert "100.0%" in text and "bottleneck" in text and "\x1b" not in text
+    data = json.loads(json.dumps(plan.to_dict()))
+    assert data["coverage"] == 1.0 and data["rows"][0]["kernel"] == "stem"
+
+
+def test_flops_and_coverage():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1), nn.GELU())
+    fast, x = rf.fuse(model.eval()), images(2, 10)
+    plan = rf.explain(fast, x)
+    assert [(row.kernel, row.flops) for row in plan.rows] == [
+        ("conv_bn_act", 2 * 2 * 100 * 8 * 3 * 9),
+        ("unfused", 2 * 2 * 100 * 8 * 8 * 9),
+    ]
+    assert plan.rows[1].block == "2" and plan.rows[1].why == "no BatchNorm that follows it was found"
+    assert plan.coverage == pytest.approx(3 / 11)
+
+
+def test_transposed_and_grouped_convolutions_are_counted():
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, 2, groups=2), nn.Conv2d(6, 6, 3, groups=3)).eval()
+    plan = rf.explain(model, images(1, 5, channels=4))
+    assert [row.flops for row in plan.rows] == [2 * 25 * 4 * 3 * 9, 2 * 81 * 6 * 2 * 9]
+    assert plan.coverage == 0.0
+
+
+def test_explain_in_inference_mode_and_of_an_unfused_model():
+    x = images()
+    with torch.inference_mode():
+        assert rf.explain(rf.fuse(tiny()), x).coverage == 1.0
+    plan = rf.explain(tiny(), x)
+    assert plan.coverage == 0.0 and len(plan.rows) == 13
+    with pytest.raises(InputError, match="fast must be in eval mode"):
+        rf.explain(tiny().train(), x)
+
+
+def test_unfused_at_run_time_says_why():
+    fast, x = rf.fuse(tiny()), images()
+    with rf.nn.unfused():
+        assert {row.why for row in rf.explain(fast, x).rows} == {"inside unfused()"}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {row.why for row in rf.explain(fast, x).rows} == {"its weight is computed, by autocast or otherwise"}
