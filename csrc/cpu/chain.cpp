@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t kLine = 64;                // bytes of a cache line
 constexpr int64_t kPanelLimit = 200 * 1024;  // larger panels are taken one tap row at a time, partial sums in L2
 constexpr int64_t kAheadBytes = 512 * 1024;  // of x, prefetched into L2 at most
-constexpr int64_t kGroupBytes = 256 * 1024;  // of A, gathered at once
+constexpr int64_t kGroupBytes = 512 * 1024;  // of A, gathered at once
 
 template <class T>
 T round_up(T v, T unit) {
@@ -165,12 +165,12 @@ struct Chain {
     const int64_t tiles = winograd_tiles(st, rows) + kMaxTileRows;
     return st.pack.taps * tiles * (winograd_pitch(st) + kernels.panel) * 4;
   }
-  int64_t group_tiles(const Stage& st) const {
-    return std::max<int64_t>(1,
-                             kGroupBytes / (st.gather_pitch * 2 * (st.pack.bf16 ? kernels.bf16_sub : kernels.sub_max)));
+  // Tiles gathered at once: the weights pass by once for each such group.
+  static int64_t group_tiles(const Stage& st, int sub) {
+    return std::max<int64_t>(1, kGroupBytes / (st.gather_pitch * 2 * sub));
   }
   int64_t gather_bytes(const Stage& st) const {
-    return st.gather ? group_tiles(st) * kMaxTileRows * st.gather_pitch + 4096 : 0;
+    return st.gather ? kGroupBytes + kMaxTileRows * st.gather_pitch + 4096 : 0;
   }
 };
 
@@ -642,7 +642,7 @@ class Unit {
     int group = count;
     char* gathered = nullptr;
     if (st.gather) {
-      group = static_cast<int>(std::min<int64_t>(group, chain_.group_tiles(st)));
+      group = static_cast<int>(std::min<int64_t>(group, Chain::group_tiles(st, sub)));
       gathered = static_cast<char*>(workspace(Slot::kPacked, static_cast<size_t>(chain_.gather_bytes(st))));
     }
     const char* base = gathered ? gathered : st.in_place ? x_ : level_[l];
