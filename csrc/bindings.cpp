@@ -18,12 +18,6 @@ namespace py = pybind11;
 using namespace resnet_fused::cpu;
 using Dims = std::map<std::string, int64_t>;
 
-Isa isa_of(const std::string& name) {
-  for (int i = 0; i < kIsaCount; ++i)
-    if (name == isa_name(static_cast<Isa>(i))) return static_cast<Isa>(i);
-  throw py::value_error("isa: expected portable, avx2, avx512, avx512_bf16 or amx, got " + name);
-}
-
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (int i = 0; i < kIsaCount; ++i)
@@ -167,7 +161,7 @@ PYBIND11_MODULE(_bindings, m) {
   m.def("isa", [] { return kernels().name; }, "The instruction set in use.");
   m.def("isas", &isas, "Those that this machine runs.");
   m.def(
-      "set_isa", [](const std::string& name) { select_isa(isa_of(name)); }, py::arg("name"),
+      "set_isa", [](const std::string& name) { select_isa(isa_named(name)); }, py::arg("name"),
       "Use another one; packed weights depend on it.");
   m.def("kernel_table", &kernel_table, "One dict a compiled kernel.");
   m.def("cost", &cost, py::arg("op"), py::arg("dims"), py::arg("dtype"), py::arg("algorithm"), py::arg("threads"),

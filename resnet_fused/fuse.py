@@ -96,7 +96,7 @@ def check_model(argument: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"{argument} must be a torch.nn.Module, got {type(model).__name__}")
     if model.training:
-        raise InputError(f"{argument} must be in eval mode, got {type(model).__name__} in train mode: call eval() first")
+        raise InputError(f"{argument} must be in eval mode, got {type(model).__name__} in train mode (call eval())")
 
 
 # --- finding ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from . import ops
 from .kernels import packing
 from .ops._common import channels_last
 
-
 _address = Tensor.data_ptr
 _version = operator.attrgetter("_version")
 
@@ -26,7 +25,7 @@ class _State(threading.local):
     # Set per thread in __init__, not on the class: torch.compile guards on what it finds in the instance.
     def __init__(self) -> None:
         self.unfused = False
-        # Changed in place only: what torch.compile makes of assigning to a thread-local attribute is not seen by threads.
+        # Changed in place only: what torch.compile makes of an assignment does not reach the thread-local value.
         self.running: list[nn.Module] = []
 
 
@@ -63,7 +62,8 @@ def restore_format(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if not images:
         return output
     inputs = [t for t in pytree.tree_leaves((args, kwargs)) if is_image(t)]
-    if not inputs or channels_last(inputs[0]) or any(p.dim() == 4 and only_channels_last(p) for p in module.parameters()):
+    weights = (p for p in module.parameters() if is_image(p))
+    if not inputs or channels_last(inputs[0]) or any(map(only_channels_last, weights)):
         return output
     contiguous = {id(t): t.contiguous() for t in images}
     return pytree.tree_map(lambda t: contiguous.get(id(t), t), output)

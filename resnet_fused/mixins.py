@@ -14,7 +14,6 @@ from torch import nn
 
 from .fusion import Fusion
 
-
 FUSED_ATTRIBUTES = ("_fusion", "_plan")  # what fusing adds to a module
 
 
@@ -96,7 +95,7 @@ class FusedSequential(Fused):
         return input
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `original` that `mixin` makes run fused; always the same one for the same two."""
 

@@ -52,7 +52,7 @@ class Report:
     Attributes:
         rows: one for each block, on the input that the original model gives it, then one end to end.
         dtype: of the model's input.
-        flipped: rows of a classifier's output whose largest entry is another one than in float64; None for other outputs.
+        flipped: rows of a classifier's output whose largest entry is not the one in float64; None for other outputs.
         unfused_flipped: the same of the original.
     """
 
@@ -122,12 +122,13 @@ def verify(model: nn.Module, fast: nn.Module, x: Tensor) -> Report:
     try:
         for name, fusion in blocks.items():
             where = [paths[id(step)] for step in fusion.steps]
-            original, exact = submodules("model", model, where), submodules("model", exact_model, where)
-            check = functools.partial(check_block, rows, name, fusion, original, exact)
+            original = submodules("model", model, where)
+            check = functools.partial(
+                check_block, rows, name, fusion, original, submodules("model", exact_model, where)
+            )
             handles.append(original[0].register_forward_pre_hook(check))
         with torch.no_grad(), unfused():
-            plain = outputs(model(x))
-            exact = outputs(exact_model(x.double()))
+            plain, exact = outputs(model(x)), outputs(exact_model(x.double()))
     finally:
         for handle in handles:
             handle.remove()
@@ -156,7 +157,7 @@ def check_block(
     if name in rows or len(args) != 1:  # it runs several times, or is running below; or the op does not take its place
         return
     (x,) = args
-    rows[name] = ParityRow(name, fusion.op, *[0.0] * 4, True)  # holds the place while the block runs below
+    rows[name] = ParityRow(name, fusion.op, 0.0, 0.0, 0.0, 0.0, True)  # holds the place while the block runs below
     plain, reference = x.clone(), x.double()
     for step in original:
         plain = step(plain)
@@ -215,4 +216,5 @@ def submodules(argument: str, model: nn.Module, paths: Sequence[str]) -> list[nn
     try:
         return [model.get_submodule(path) for path in paths]
     except AttributeError:
-        raise InputError(f"{argument} must have the module {paths[0]!r} that fast has, got {type(model).__name__}") from None
+        message = f"{argument} must have the module {paths[0]!r} that fast has, got {type(model).__name__}"
+        raise InputError(message) from None

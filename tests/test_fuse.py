@@ -422,7 +422,7 @@ def test_state_dict_both_ways():
 CHANGES = {
     "load_state_dict": lambda m, other: m.load_state_dict(other.state_dict()),
     "assign": lambda m, other: m.load_state_dict(copy.deepcopy(other.state_dict()), assign=True),
-    "in place": lambda m, other: [t.copy_(u) for t, u in zip(m.state_dict().values(), other.state_dict().values())],
+    "in place": lambda m, other: [t.copy_(other.state_dict()[name]) for name, t in m.state_dict().items()],
     "data": lambda m, other: [
         setattr(p, "data", q.data.clone()) for p, q in zip(m.parameters(), other.parameters(), strict=True)
     ],

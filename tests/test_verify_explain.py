@@ -36,7 +36,7 @@ def test_a_wrong_block_is_found():
         fast.layer1[1].bn2.bias.add_(1e-5)
     report = rf.verify(model, fast, x)
     assert not report.ok
-    assert [row.block for row in report.rows if not row.ok][0] == "layer1.1"
+    assert next(row.block for row in report.rows if not row.ok) == "layer1.1"
     assert "PARITY DOES NOT HOLD" in str(report) and "FAIL" in str(report)
 
 
@@ -98,7 +98,7 @@ def test_fast_accuracy_has_a_limit_of_its_own():
         (lambda: (tiny().train(), rf.fuse(tiny())), "model must be in eval mode, got TinyResNet in train mode"),
         (lambda: (tiny(), rf.fuse(tiny()).train()), "fast must be in eval mode"),
         (lambda: (tiny(), tiny()), "fast must be a fused model, got TinyResNet with nothing fused"),
-        (lambda: (nn.Identity().eval(), rf.fuse(tiny())), "model must have the module 'conv1' that fast has, got Identity"),
+        (lambda: (nn.Identity().eval(), rf.fuse(tiny())), "model must have the module 'conv1' .* got Identity"),
         (lambda: (3, rf.fuse(tiny())), r"model must be a torch.nn.Module, got int"),
         (lambda: (tiny(TinyBackbone), rf.fuse(tiny())), "fast must give outputs of the model's shapes"),
     ],

@@ -1,5 +1,7 @@
 // Which instruction sets this build has and this machine runs.
 #pragma once
+#include <string>
+
 #include "kernels.h"
 
 namespace resnet_fused::cpu {
@@ -7,7 +9,9 @@ namespace resnet_fused::cpu {
 RF_EXPORT const char* isa_name(Isa isa);
 // Compiled in, offered by the processor and allowed by the operating system (AMX needs its permission).
 RF_EXPORT bool isa_runs(Isa isa);
-// The table in use: the best that runs, until select_isa() or RESNET_FUSED_CPU_ISA says otherwise.
+// By name; throws std::invalid_argument on any other.
+RF_EXPORT Isa isa_named(const std::string& name);
+// The table in use: the one that RESNET_FUSED_CPU_ISA names or the best that runs, until select_isa() says otherwise.
 RF_EXPORT const Kernels& kernels();
 RF_EXPORT const Kernels& kernels_of(Isa isa);
 RF_EXPORT void select_isa(Isa isa);

@@ -43,7 +43,12 @@ def load() -> None:
         return
     try:
         torch.ops.load_library(LIBRARY_PATH)
-        bindings = importlib.import_module("resnet_fused._bindings")
+        loaded = importlib.import_module("resnet_fused._bindings")
+        loaded.isa()  # chosen here, so that a wrong RESNET_FUSED_CPU_ISA is told at once
+        bindings = loaded
+    except ValueError as error:
+        _reason = f"RESNET_FUSED_CPU_ISA cannot be used: {error}"
+        return
     except (OSError, ImportError, RuntimeError) as error:
         _reason = f"{LIBRARY_PATH.name} does not load: {' '.join(str(error).split())}"
         return

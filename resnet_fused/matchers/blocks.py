@@ -6,12 +6,25 @@ shapes. What lies between them (activations, additions, order) is left to the pr
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from torch import nn
 
 from ..fusion import BasicBlockFusion, BottleneckFusion, ConvBNActFusion, Fusion, Layer, Settings, StemFusion
-from .layers import Model, Refused, activation, check_inside, conv_geometry, has_own_tensors, is_norm, leaves, make_layer, norm_channels, pair
+from .layers import (
+    Model,
+    Refused,
+    activation,
+    check_inside,
+    conv_geometry,
+    has_own_tensors,
+    is_norm,
+    leaves,
+    make_layer,
+    norm_channels,
+    pair,
+)
 
 
 def match_block(block: nn.Module, model: Model, settings: Settings, residual: bool) -> list[Fusion]:
@@ -59,14 +72,12 @@ def match_block(block: nn.Module, model: Model, settings: Settings, residual: bo
     }
     if not residual:
         return single_layer(layers[0], pools[0] if pools else None, **common)
-    found = []
+    found: list[Fusion] = []
     for order in orders(layers):
-        for kind, options in (
-            (BasicBlockFusion, basic_block(order)),
-            (BottleneckFusion, bottleneck(order)),
-        ):
-            if options is not None:
-                found.append(kind(order, options=options, **common))
+        if (options := basic_block(order)) is not None:
+            found.append(BasicBlockFusion(order, options=options, **common))
+        if (options := bottleneck(order)) is not None:
+            found.append(BottleneckFusion(order, options=options, **common))
     return found
 
 
@@ -94,22 +105,15 @@ def single_layer(layer: Layer, pool: nn.MaxPool2d | None, **common: Any) -> list
 
 def is_conv(layer: Layer, kernel: int, stride: int = 1, dilation: int = 1, groups: int = 1) -> bool:
     """Whether a layer is a square convolution with just this geometry, padded to keep the image's size at stride 1."""
-    geometry = conv_geometry(layer.conv)
-    return (
-        pair(layer.conv.kernel_size) == (kernel, kernel)
-        and layer.conv.groups == groups
-        and geometry == {
-            "stride": (stride, stride),
-            "padding": (dilation * (kernel // 2),) * 2,
-            "dilation": (dilation, dilation),
-        }
-    )
+    same = {"stride": (stride,) * 2, "padding": (dilation * (kernel // 2),) * 2, "dilation": (dilation,) * 2}
+    conv = layer.conv
+    return pair(conv.kernel_size) == (kernel, kernel) and conv.groups == groups and conv_geometry(conv) == same
 
 
 def chained(path: list[Layer], projection: list[Layer], stride: int) -> bool:
     """Whether channels and strides fit together: along the path, and between its output and the shortcut."""
     channels, out = path[0].conv.in_channels, path[-1].conv.out_channels
-    for before, after in zip(path, path[1:], strict=False):
+    for before, after in itertools.pairwise(path):
         if before.conv.out_channels != after.conv.in_channels:
             return False
     if not projection:
@@ -145,9 +149,7 @@ def bottleneck(layers: list[Layer]) -> dict[str, Any] | None:
         and is_conv(path[2], 1)
         and chained(path, projection, stride1 * stride2)
     )
-    return {
-        "stride": stride1 * stride2,
-        "dilation": dilation,
-        "groups": middle.groups,
-        "stride_in_1x1": stride1 > 1,
-    } if fits else None
+    if not fits:
+        return None
+    stride = stride1 * stride2
+    return {"stride": stride, "dilation": dilation, "groups": middle.groups, "stride_in_1x1": stride1 > 1}

@@ -8,6 +8,7 @@ passes between them.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -34,10 +35,11 @@ def match_chain(
     conv, norm, *rest = modules
     assert isinstance(conv, nn.Conv2d)
     layer = make_layer(conv, norm, model)
-    length, pool = 2, None
+    length = 2
+    pool: nn.MaxPool2d | None = None
     if rest and is_free(rest[0], model, owner) and activation(rest[0]) == "relu":
         length = 3
-        if len(rest) > 1 and is_free(rest[1], model, owner) and original_class(rest[1]) is nn.MaxPool2d:
+        if len(rest) > 1 and is_free(rest[1], model, owner) and isinstance(rest[1], nn.MaxPool2d):
             pool = rest[1]
     common: dict[str, Any] = {"settings": settings, "owner": owner}
 
@@ -65,7 +67,7 @@ def is_free(module: nn.Module, model: Model, owner: nn.Module | None) -> bool:
 def sequential_runs(sequential: nn.Sequential) -> Iterator[tuple[int, list[nn.Module], list[Place]]]:
     """Where a convolution and a BatchNorm are neighbours: the index, the modules from there on and their places."""
     names, children = list(sequential._modules), list(sequential)
-    for i, (first, second) in enumerate(zip(children, children[1:], strict=False)):
+    for i, (first, second) in enumerate(itertools.pairwise(children)):
         if isinstance(first, nn.Conv2d) and is_norm(second):
             yield i, children[i : i + 4], [(sequential._modules, name) for name in names[i : i + 4]]
 

@@ -17,7 +17,7 @@ from ..mixins import original_class
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
-class Refused(Exception):  # noqa: N818
+class Refused(Exception):
     """Something is not fused; the message says why, for `explain`."""
 
 

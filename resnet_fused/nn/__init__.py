@@ -1,4 +1,4 @@
-"""Drop-in modules: torchvision's arguments, attributes and state_dict keys; plain in training, one fused op in eval mode."""
+"""Drop-in modules: torchvision's arguments, attributes and keys; plain in training, one fused op in eval mode."""
 
 from ..fusion import unfused
 from .basic_block import BasicBlock
