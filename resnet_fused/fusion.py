@@ -86,7 +86,7 @@ class Layer(NamedTuple):
     """A convolution and the BatchNorm after it; `eps` only if the BatchNorm has none of its own to read."""
 
     conv: nn.Conv2d
-    norm: nn.Module
+    norm: Any  # a module with the four tensors of a BatchNorm
     eps: float | None = None
 
     def sources(self) -> list[tuple[dict[str, Tensor], str]]:
@@ -99,7 +99,7 @@ class Layer(NamedTuple):
         ]
         if self.conv.bias is not None:
             kept.append((self.conv._parameters, "bias"))
-        return kept  # type: ignore[return-value]
+        return kept
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """Scale and shift, [K], in float32 (float64 for a float64 BatchNorm); differentiable."""
@@ -189,7 +189,7 @@ class Fusion:
         ]
         self._sources = [source for layer in layers for source in layer.sources()]
         self._norms = [layer.norm for layer in layers if layer.eps is None]
-        self._weights = [layer.conv._parameters for layer in layers]
+        self._weights: list[Any] = [layer.conv._parameters for layer in layers]
 
     def __getstate__(self) -> dict[str, Any]:
         # What is kept holds addresses, which mean nothing in a copy.
@@ -286,8 +286,8 @@ class BasicBlockFusion(Fusion):
     def compute(self, x: Tensor, arguments: Arguments, backend: str, accuracy: str) -> Tensor:  # noqa: D102
         (w1, s1, b1), (w2, s2, b2), *projection = arguments
         wd, sd, bd = projection[0] if projection else (None, None, None)
-        scales = {"s1": s1, "s2": s2, "sd": sd}
-        return ops.basic_block(x, w1, b1, w2, b2, wd, bd, **scales, **self.options, backend=backend, accuracy=accuracy)
+        options = {**self.options, "backend": backend, "accuracy": accuracy}
+        return ops.basic_block(x, w1, b1, w2, b2, wd, bd, s1=s1, s2=s2, sd=sd, **options)
 
 
 class BottleneckFusion(Fusion):
@@ -298,7 +298,5 @@ class BottleneckFusion(Fusion):
     def compute(self, x: Tensor, arguments: Arguments, backend: str, accuracy: str) -> Tensor:  # noqa: D102
         (w1, s1, b1), (w2, s2, b2), (w3, s3, b3), *projection = arguments
         wd, sd, bd = projection[0] if projection else (None, None, None)
-        scales = {"s1": s1, "s2": s2, "s3": s3, "sd": sd}
-        return ops.bottleneck(
-            x, w1, b1, w2, b2, w3, b3, wd, bd, **scales, **self.options, backend=backend, accuracy=accuracy
-        )
+        options = {**self.options, "backend": backend, "accuracy": accuracy}
+        return ops.bottleneck(x, w1, b1, w2, b2, w3, b3, wd, bd, s1=s1, s2=s2, s3=s3, sd=sd, **options)

@@ -14,21 +14,21 @@ from torch import nn
 
 from .fusion import Fusion
 
-FUSED_ATTRIBUTES = ("_fusion", "_plan")  # what fusing adds to a module
+FUSED_ATTRIBUTES = ("_fused_op", "_fused_steps")  # what fusing adds to a module
 
 
 class Fused:
-    """Runs `_fusion` in place of the forward of the class behind it."""
+    """Runs `_fused_op` in place of the forward of the class behind it."""
 
-    _fusion: Fusion | None = None
+    _fused_op: Fusion | None = None
 
     def fusions(self) -> Sequence[Fusion]:
         """What of this module runs as fused ops."""
-        return () if self._fusion is None else (self._fusion,)
+        return () if self._fused_op is None else (self._fused_op,)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The fused op in eval mode, the original forward otherwise."""
-        fusion = self._fusion
+        fusion = self._fused_op
         if fusion is None or kwargs or len(args) != 1 or fusion.why_unfused(args[0]) is not None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return fusion.run(args[0])
@@ -67,7 +67,7 @@ class Skipped(Fused):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The input if the chain runs fused, the original forward otherwise."""
-        fusion = self._fusion
+        fusion = self._fused_op
         if fusion is None or kwargs or len(args) != 1 or fusion.why_unfused(args[0]) is not None:
             return super(Fused, self).forward(*args, **kwargs)  # type: ignore[misc]
         return args[0]
@@ -76,17 +76,17 @@ class Skipped(Fused):
 class FusedSequential(Fused):
     """Runs neighbours in an nn.Sequential as one op; the children themselves stay as they are."""
 
-    _plan: tuple[list[nn.Module], list[tuple[tuple[nn.Module, ...], Fusion | None]]] | None = None
+    _fused_steps: tuple[list[nn.Module], list[tuple[tuple[nn.Module, ...], Fusion | None]]] | None = None
 
     def fusions(self) -> Sequence[Fusion]:
         """The fused neighbours, in order."""
-        return () if self._plan is None else [fusion for _, fusion in self._plan[1] if fusion is not None]
+        return () if self._fused_steps is None else [fusion for _, fusion in self._fused_steps[1] if fusion is not None]
 
     def forward(self, input: Any) -> Any:
         """Each child, or group of fused ones, in turn."""
-        if self._plan is None or list(self._modules.values()) != self._plan[0]:  # type: ignore[attr-defined]
+        if self._fused_steps is None or list(self._modules.values()) != self._fused_steps[0]:  # type: ignore[attr-defined]
             return super(Fused, self).forward(input)  # type: ignore[misc]
-        for modules, fusion in self._plan[1]:
+        for modules, fusion in self._fused_steps[1]:
             if fusion is not None and fusion.why_unfused(input) is None:
                 input = fusion.run(input)
             else:
@@ -110,7 +110,7 @@ def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[nn.Module
 
 
 def _rebuild(mixin: type[Fused], original: type[nn.Module]) -> nn.Module:
-    cls = fused_class(mixin, original)
+    cls = fused_class(mixin, original)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 

@@ -53,7 +53,7 @@ def test_every_block_is_fused_and_holds_parity(dtype, memory_format):
 def test_fast_accuracy_reaches_the_ops():
     fast = rf.fuse(tiny(), accuracy="fast", backend="reference")
     assert {row.backend for row in rf.explain(fast, images()).rows} == {"reference"}
-    assert fast.layer1[0]._fusion.settings.accuracy == "fast"
+    assert fast.layer1[0]._fused_op.settings.accuracy == "fast"
 
 
 def test_backend_context_overrides_auto():
@@ -561,8 +561,8 @@ def test_fuse_twice_is_fuse_once():
     assert [list(map(len, hooks(m))) for m in once.modules()] == [list(map(len, hooks(m))) for m in twice.modules()]
     with torch.no_grad():
         assert torch.equal(once(x), twice(x))
-    assert rf.fuse(once, accuracy="fast").layer1[0]._fusion.settings.accuracy == "fast"
-    assert once.layer1[0]._fusion.settings.accuracy == "strict"
+    assert rf.fuse(once, accuracy="fast").layer1[0]._fused_op.settings.accuracy == "fast"
+    assert once.layer1[0]._fused_op.settings.accuracy == "strict"
 
 
 def test_fuse_a_part_then_the_whole():

@@ -168,11 +168,11 @@ def test_blocks_of_a_model_that_fuses_itself():
     assert ops_run(fast, x)[0] == "conv1..maxpool"
     assert type(fast.layer1[0]) is rf.nn.Bottleneck
     fast.train().eval()
-    assert fast.layer1[0]._fusion.settings.accuracy == "fast"
-    assert fast.layer1[0]._fusion.settings.channels_last
+    assert fast.layer1[0]._fused_op.settings.accuracy == "fast"
+    assert fast.layer1[0]._fused_op.settings.channels_last
     assert_parity(model, fast, x)
     slow = rf.unfuse(fast)
-    assert slow.layer1[0]._fusion.settings.accuracy == "strict"
+    assert slow.layer1[0]._fused_op.settings.accuracy == "strict"
     assert ops_run(slow, x) == ops_run(model, x)
 
 

@@ -38,6 +38,7 @@ struct GemmArgs {
   const char* b2;  // the next panel and its results: wide tiles only
   float* c2;
   bool accumulate;
+  int segment;           // words of a sum that are added up in one chain; the chains are added in memory (float32 only)
   const char* prefetch;  // into L2 meanwhile: prefetch_lines cache lines in front of every tap
   int prefetch_lines;
 };

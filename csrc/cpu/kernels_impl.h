@@ -78,19 +78,32 @@ void gemm(const GemmArgs& args) {
   constexpr int kUnroll = 4;
   float* const out[2] = {args.c, args.c2};
   Vec c[2 * Sub][2 * Panels];
-#pragma GCC unroll 16
-  for (int i = 0; i < 2 * Sub; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 2 * Panels; ++j) c[i][j] = Vec{};
-  }
-  if (args.accumulate) {
+  auto clear = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int i = 0; i < 2 * Sub; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 2 * Panels; ++j) c[i][j] = load(out[j / 2] + i * kPanel + j % 2 * kLanes);
+      for (int j = 0; j < 2 * Panels; ++j) c[i][j] = Vec{};
     }
-  }
+  };
+  bool partial = args.accumulate;  // whether there is something in memory to add to
+  auto flush = [&]() __attribute__((always_inline)) {
+    if (partial) {
+#pragma GCC unroll 16
+      for (int i = 0; i < 2 * Sub; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 2 * Panels; ++j) c[i][j] += load(out[j / 2] + i * kPanel + j % 2 * kLanes);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * Sub; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 2 * Panels; ++j) store(out[j / 2] + i * kPanel + j % 2 * kLanes, c[i][j]);
+    }
+    partial = true;
+  };
+  clear();
   const ptrdiff_t lda = args.lda;
+  int used = 0;
   for (int t = 0; t < args.tap_count; ++t) {
     prefetch_for_tap(args, t);
     const char* base[2][(Sub + 2) / 3];
@@ -102,29 +115,33 @@ void gemm(const GemmArgs& args) {
     const float* b[Panels];
     b[0] = reinterpret_cast<const float*>(args.b + args.taps[t].b);
     if (Panels > 1) b[Panels - 1] = reinterpret_cast<const float*>(args.b2 + args.taps[t].b);
-    int left = args.words;
-    for (; left >= kUnroll; left -= kUnroll) {
-      gemm_steps<Product, Sub, Panels, kUnroll>(c, base, lda, 0, b);
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 3
-        for (int j = 0; j < (Sub + 2) / 3; ++j) base[half][j] += kUnroll * 4;
+    for (int k0 = 0; k0 < args.words; k0 += args.segment) {
+      if (used >= args.segment) {
+        flush();
+        clear();
+        used = 0;
       }
+      int left = args.words - k0 < args.segment ? args.words - k0 : args.segment;
+      used += left;
+      for (; left >= kUnroll; left -= kUnroll) {
+        gemm_steps<Product, Sub, Panels, kUnroll>(c, base, lda, 0, b);
 #pragma GCC unroll 2
-      for (int p = 0; p < Panels; ++p) b[p] += kUnroll * kPanel;
-    }
+        for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 3
+          for (int j = 0; j < (Sub + 2) / 3; ++j) base[half][j] += kUnroll * 4;
+        }
+#pragma GCC unroll 2
+        for (int p = 0; p < Panels; ++p) b[p] += kUnroll * kPanel;
+      }
 #pragma GCC unroll 1
-    for (ptrdiff_t k = 0; k < left; ++k) {
-      gemm_steps<Product, Sub, Panels, 1>(c, base, lda, 4 * k, b);
+      for (ptrdiff_t k = 0; k < left; ++k) {
+        gemm_steps<Product, Sub, Panels, 1>(c, base, lda, 4 * k, b);
 #pragma GCC unroll 2
-      for (int p = 0; p < Panels; ++p) b[p] += kPanel;
+        for (int p = 0; p < Panels; ++p) b[p] += kPanel;
+      }
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < 2 * Sub; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 2 * Panels; ++j) store(out[j / 2] + i * kPanel + j % 2 * kLanes, c[i][j]);
-  }
+  flush();
 }
 
 // ---- AMX tile --------------------------------------------------------------------------------------------------

@@ -66,10 +66,12 @@ def is_free(module: nn.Module, model: Model, owner: nn.Module | None) -> bool:
 
 def sequential_runs(sequential: nn.Sequential) -> Iterator[tuple[int, list[nn.Module], list[Place]]]:
     """Where a convolution and a BatchNorm are neighbours: the index, the modules from there on and their places."""
-    names, children = list(sequential._modules), list(sequential)
+    modules: Any = sequential._modules
+    places: list[Place] = [(modules, name) for name in modules]
+    children = list(sequential)
     for i, (first, second) in enumerate(itertools.pairwise(children)):
         if isinstance(first, nn.Conv2d) and is_norm(second):
-            yield i, children[i : i + 4], [(sequential._modules, name) for name in names[i : i + 4]]
+            yield i, children[i : i + 4], places[i : i + 4]
 
 
 def traced_runs(owner: nn.Module) -> Iterator[tuple[list[nn.Module], list[Place]]]:

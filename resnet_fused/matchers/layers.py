@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ def is_norm(module: nn.Module) -> bool:
     return held >= set(NORM_TENSORS) and isinstance(module._buffers.get("running_var"), Tensor)
 
 
-def norm_channels(norm: nn.Module) -> int:
+def norm_channels(norm: Any) -> int:
     """How many channels a module of `is_norm` normalises."""
     return norm.num_features if isinstance(norm, nn.modules.batchnorm._BatchNorm) else norm.running_var.numel()
 
@@ -98,7 +99,7 @@ def check_inside(module: nn.Module, model: Model) -> None:
         raise Refused(f"{name} is in train mode")
 
 
-def make_layer(conv: nn.Conv2d, norm: nn.Module, model: Model) -> Layer:
+def make_layer(conv: nn.Conv2d, norm: Any, model: Model) -> Layer:
     """The layer made of a convolution and the BatchNorm after it.
 
     Raises:
@@ -127,7 +128,7 @@ def make_layer(conv: nn.Conv2d, norm: nn.Module, model: Model) -> Layer:
     return Layer(conv, norm, find_eps(norm, model))
 
 
-def find_eps(norm: nn.Module, model: Model) -> float | None:
+def find_eps(norm: Any, model: Model) -> float | None:
     """The eps of a BatchNorm look-alike, found by trying what it computes; None if it is `norm.eps`."""
     if original_class(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return None

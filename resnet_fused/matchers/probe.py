@@ -127,13 +127,14 @@ def random_tensors(layers: Sequence[Layer], noise: Tensor) -> Iterator[None]:
         drawn += shape.numel()
         return noise.repeat((start + shape.numel()) // _POOL + 1)[start : start + shape.numel()].reshape(shape)
 
-    saved = []
+    saved: list[tuple[Any, str, Tensor]] = []
     try:
         for conv, norm, _ in layers:
             fan_in = conv.weight[0].numel()
             device = conv.weight.device
             for module in (conv, norm):
-                for store in (module._parameters, module._buffers):
+                stores: tuple[Any, ...] = (module._parameters, module._buffers)
+                for store in stores:
                     for name, tensor in list(store.items()):
                         if tensor is None or not tensor.is_floating_point():
                             continue

@@ -25,20 +25,20 @@ class DropIn(Fused):
     def train(self, mode: bool = True) -> Any:
         """As in torch.nn.Module; `eval()` fuses, and folds the BatchNorms again."""
         super().train(mode)
-        if not mode and (self._fusion is None or self._fusion.changed()):
+        if not mode and (self._fused_op is None or self._fused_op.changed()):
             self.fuse()
         return self
 
     def fuse(self) -> None:
         """Fuse this module if it can be: when its children are not the ones that it was made with, it may not."""
         assert isinstance(self, nn.Module)
-        settings = self._settings if self._fusion is None else self._fusion.settings
+        settings = self._settings if self._fused_op is None else self._fused_op.settings
         model = Model(self)
-        self._fusion, self._unfused_reasons = None, {}
+        self._fused_op, self._unfused_reasons = None, {}
         try:
             candidates = match_block(self, model, settings, True) or match_block(self, model, settings, False)
             if candidates:
-                self._fusion = Prober().choose(candidates, type(self).__name__)
+                self._fused_op = Prober().choose(candidates, type(self).__name__)
         except Refused as error:
             convs = (name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
             self._unfused_reasons = dict.fromkeys(convs, str(error))

@@ -1,0 +1,116 @@
+"""Everything in a model that can be fused, found without changing the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..fusion import Fusion, Settings
+from ..mixins import Fused, FusedSequential, Skipped, original_class
+from .blocks import match_block
+from .chains import Place, match_chain, sequential_runs, traced_runs
+from .layers import Model, Refused, is_norm
+from .probe import Prober
+
+
+class Search:
+    """What can be fused in a model.
+
+    Residual blocks come first, each the innermost module that is one; then, in what is left, stems and single layers,
+    each the outermost module that is one; then neighbours in an nn.Sequential, and chains in the forward of a module.
+
+    Attributes:
+        changes: for each module that is going to change, its mixin and the attributes it gets.
+        owners: modules inside whose forward a chain runs fused.
+    """
+
+    def __init__(self, root: nn.Module, settings: Settings) -> None:
+        self.changes: dict[nn.Module, tuple[type[Fused], dict[str, Any]]] = {}
+        self.owners: list[nn.Module] = []
+        self._settings = settings
+        self._model = Model(root)
+        self._prober = Prober()
+        self._taken: set[nn.Module] = set()  # convolutions that are fused
+        self._refused: dict[nn.Module, str] = {}
+        self._residual_blocks(root)
+        self._layers(root)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """For each path of a convolution that was considered and stays as it is, why."""
+        return {self._model.name(conv): why for conv, why in self._refused.items() if conv not in self._taken}
+
+    def _residual_blocks(self, module: nn.Module) -> bool:
+        inner = [self._residual_blocks(child) for child in module.children()]
+        return any(inner) or self._block(module, residual=True)
+
+    def _layers(self, module: nn.Module) -> None:
+        if module in self.changes or self._block(module, residual=False):
+            return
+        children = list(module.children())
+        for child in children:
+            self._layers(child)
+        if isinstance(module, nn.Sequential) and original_class(module).forward is nn.Sequential.forward:
+            self._sequential(module)
+        elif any(map(is_norm, children)) and any(isinstance(c, nn.Conv2d) and c not in self._taken for c in children):
+            self._traced(module)
+
+    def _block(self, module: nn.Module, residual: bool) -> bool:
+        try:
+            candidates = match_block(module, self._model, self._settings, residual)
+            if not candidates:
+                return False
+            fusion = self._prober.choose(candidates, self._model.name(module))
+        except Refused as error:
+            self._refuse(module.modules(), error)
+            return False
+        self._taken.update(layer.conv for layer in fusion.layers)
+        self.changes[module] = (Fused, {"_fused_op": fusion})
+        return True
+
+    def _sequential(self, sequential: nn.Sequential) -> None:
+        chains = {i: self._chain(modules, places, None) for i, modules, places in sequential_runs(sequential)}
+        if not any(chains.values()):
+            return
+        children, steps = list(sequential), []
+        i = 0
+        while i < len(children):
+            length, fusion = chains.get(i) or (1, None)
+            steps.append((tuple(children[i : i + length]), fusion))
+            i += length
+        self.changes[sequential] = (FusedSequential, {"_fused_steps": (children, steps)})
+
+    def _traced(self, owner: nn.Module) -> None:
+        try:
+            runs = list(traced_runs(owner))
+        except Refused as error:
+            self._refuse((c for c in owner.children() if c not in self._refused), error)
+            return
+        chains = [(modules, self._chain(modules, places, owner)) for modules, places in runs]
+        for modules, chain in chains:
+            if chain is not None:
+                length, fusion = chain
+                self.changes[modules[0]] = (Fused, {"_fused_op": fusion})
+                self.changes |= {m: (Skipped, {"_fused_op": fusion}) for m in modules[1:length]}
+        if any(chain for _, chain in chains):
+            self.owners.append(owner)
+
+    def _chain(
+        self, modules: Sequence[nn.Module], places: Sequence[Place], owner: nn.Module | None
+    ) -> tuple[int, Fusion] | None:
+        """How many of the modules one op replaces, and that op."""
+        if modules[0] in self._taken:
+            return None
+        try:
+            length, candidates = match_chain(modules, places, self._model, self._settings, owner)
+            fusion = self._prober.choose(candidates, self._model.name(modules[0]))
+        except Refused as error:
+            self._refuse(modules[:1], error)
+            return None
+        self._taken.add(modules[0])
+        return length, fusion
+
+    def _refuse(self, modules: Iterable[nn.Module], error: Refused) -> None:
+        self._refused |= {m: str(error) for m in modules if isinstance(m, nn.Conv2d)}
