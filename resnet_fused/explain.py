@@ -102,8 +102,8 @@ class _Watch(TorchDispatchMode):
         self._convs: dict[int, str] = {}
         self._reasons: dict[str, str] = {}
         for name, module in model.named_modules():
-            if isinstance(module, nn.Conv2d):
-                self._convs[id(module.weight)] = name
+            if isinstance(module, nn.Conv2d) and (weight := module._parameters.get("weight")) is not None:
+                self._convs[id(weight)] = name
             for conv, reason in module.__dict__.get("_unfused_reasons", {}).items():
                 self._reasons[f"{name}.{conv}" if name else conv] = reason
         for name, fusion in fusions(model).items():

@@ -133,10 +133,22 @@ class Settings:
 
 
 class _Kept(NamedTuple):
+    """Scales and shifts, and what their sources were when they were folded."""
+
     sources: list[Tensor]
-    aliases: list[Tensor]
-    state: list[Any]
+    aliases: list[Tensor]  # hold the sources' storage, so that no other tensor can come by the same address
+    addresses: list[int]  # show `.data = ...`
+    versions: list[int] | None  # show changes in place; inference tensors have none
+    eps: list[float]
     vectors: list[tuple[Tensor, Tensor]]
+
+    def current(self, sources: list[Tensor], norms: list[Any]) -> bool:
+        return (
+            all(map(operator.is_, sources, self.sources))
+            and all(map(operator.eq, map(_address, sources), self.addresses))
+            and (self.versions is None or all(map(operator.eq, map(_version, sources), self.versions)))
+            and [norm.eps for norm in norms] == self.eps
+        )
 
 
 Arguments = Sequence[tuple[Tensor, Tensor, Tensor]]  # weight, scale and shift of each layer
@@ -232,16 +244,17 @@ class Fusion:
         sources = [store[name] for store, name in self._sources]
         if torch.is_grad_enabled() and any([t.requires_grad for t in sources]):
             return self.fold()
-        # `.data = ...` shows in the address, in-place changes in the version, which inference tensors do not have.
-        state = [*map(_address, sources), *(norm.eps for norm in self._norms)]
-        with contextlib.suppress(RuntimeError):
-            state += map(_version, sources)
         kept = self._kept
-        if kept is None or kept.state != state or not all(map(operator.is_, sources, kept.sources)):
+        if kept is None or not kept.current(sources, self._norms):
             with torch.inference_mode(False), torch.no_grad():
-                # The aliases hold the storage, so that no other tensor can come by the same address.
-                aliases = [t.detach() for t in sources]
-                kept = self._kept = _Kept(sources, aliases, state, [layer.fold() for layer in self.layers])
+                kept = self._kept = _Kept(
+                    sources=sources,
+                    aliases=[t.detach() for t in sources],
+                    addresses=[*map(_address, sources)],
+                    versions=None if any(t.is_inference() for t in sources) else [*map(_version, sources)],
+                    eps=[norm.eps for norm in self._norms],
+                    vectors=[layer.fold() for layer in self.layers],
+                )
         return [(weights["weight"], *vectors) for weights, vectors in zip(self._weights, kept.vectors, strict=True)]
 
     def fold(self) -> Arguments:

@@ -2,6 +2,7 @@
 
 import threading
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,12 +18,14 @@ BACKENDS = ("auto", "reference", "vendor")
 @settings(max_examples=120)
 @given(case=cases)
 def test_parity(backend, case):
+    hypothesis.assume(backend != "reference" or case.reliable())
     try:
         y = case.run(backend=backend)
     except BackendError as error:
-        assert backend == "vendor" and "groups" in str(error)
-        return
-    assert_parity(y, case)
+        assert backend == "vendor"
+        assert "groups=1" in str(error) or not case.reliable()
+    else:
+        assert_parity(y, case)
 
 
 @pytest.mark.parametrize("op", EXAMPLES)

@@ -38,7 +38,7 @@ def no_native(monkeypatch):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("name", SHAPES)
 def test_auto_takes_the_lowest_prediction(name, dtype):
-    choice = choose(SHAPES[name], dtype)
+    choice = choose(SHAPES[name], dtype, accuracy="fast")
     assert choice.reason == "lowest predicted time"
     names, seconds = zip(*choice.seconds, strict=True)
     assert list(seconds) == sorted(seconds)
@@ -55,6 +55,21 @@ def test_accuracy_decides_about_winograd():
     assert names(torch.float32, "strict") == {"cpu direct", "cpu winograd2", "cpu layers"}
     assert names(torch.float32, "fast") == {"cpu direct", "cpu winograd2", "cpu winograd4", "cpu layers"}
     assert names(torch.bfloat16, "strict") == names(torch.float32, "fast")
+
+
+@needs_native
+def test_strict_leaves_onednn_out_of_long_float32_sums():
+    short, long = Conv(1, 512, 9, 9, 8, 1, 1), Conv(1, 64, 9, 9, 8, 3, 3, padding=(1, 1))
+    for shape, dtype, accuracy, considered in (
+        (short, torch.float32, "strict", True),
+        (long, torch.float32, "strict", False),
+        (long, torch.float32, "fast", True),
+        (long, torch.bfloat16, "strict", True),
+    ):
+        choice = choose(shape, dtype, accuracy=accuracy)
+        assert ("vendor onednn" in dict(choice.seconds)) == considered
+        assert ("512 products, here are 576" in choice.reason) != considered
+    assert choose(long, backend="vendor").backend == "vendor"
 
 
 @pytest.mark.parametrize(

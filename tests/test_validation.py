@@ -133,3 +133,9 @@ def test_unknown_name_of_the_backend_context():
 def test_not_a_tensor():
     with pytest.raises((RuntimeError, TypeError), match="x"):
         rf.ops.conv_bn_act([1.0], *CONV.args[1:])
+
+
+def test_vendor_refuses_what_onednn_gets_wrong():
+    case = conv_case(h=13, w=3, stride=2, dtype=torch.bfloat16)
+    with pytest.raises(BackendError, match=r"wrong or crashes on windows of 3x3.* image of 13x3"):
+        case.run(backend="vendor")

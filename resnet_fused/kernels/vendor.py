@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..shapes import Shape
+from ..shapes import Conv, Shape
 from .layout import nhwc
 from .packing import packed
 
@@ -24,9 +24,28 @@ def unsupported(shape: Shape, dtype: torch.dtype, device: torch.device) -> str |
         return f"it takes {' or '.join(map(str, DTYPES))}, x.dtype is {dtype}"
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this processor lacks the instructions that oneDNN needs for x.dtype torch.bfloat16"
-    if any(layer.residual and layer.groups > 1 for layer in shape.layers()):
-        return "it fuses a residual only into a convolution of groups=1, groups is more"
+    for layer in shape.layers():
+        if layer.residual and layer.groups > 1:
+            return f"it fuses a residual only into a convolution of groups=1, got {layer.groups}"
+        if unreliable(layer):
+            return (
+                f"it is wrong or crashes on windows of {layer.r}x{layer.s}, stride {layer.stride}, padding "
+                f"{layer.padding} and dilation {layer.dilation} in an image of {layer.h}x{layer.w}"
+            )
     return None
+
+
+def unreliable(layer: Conv) -> bool:
+    """Whether oneDNN, as of torch 2.13, reads memory that is not its own on this shape, in unfused models as well.
+
+    Seen, from random shapes: garbage where a strided output is one pixel wide and several high, a segmentation fault
+    where some window has no pixel of the image under its taps. The conditions here are a little wider than that.
+    """
+    _, _, height, width = layer.output_shape
+    if width == 1 and height > 1 and layer.stride[1] > 1 and layer.s > 1:
+        return True
+    axes = zip((layer.h, layer.w), (layer.r, layer.s), layer.padding, layer.dilation, strict=True)
+    return any(p > d * (k - 1) or (d > 1 and size < max(p, d)) for size, k, p, d in axes)
 
 
 def _pack(

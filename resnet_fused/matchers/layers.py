@@ -27,18 +27,18 @@ class Model:
     """What the matchers know about the model they look at."""
 
     root: nn.Module
-    names: dict[int, str] = field(default_factory=dict)
+    paths: dict[int, str] = field(default_factory=dict)
     places: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         for name, module in self.root.named_modules():
-            self.names[id(module)] = name
+            self.paths[id(module)] = name
             self.places.update(id(child) for child in module._modules.values() if child is not None)
 
     def name(self, module: nn.Module) -> str:
-        """What to call a module in a message: its path, and its class where that says something."""
-        path, kind = self.names.get(id(module)), original_class(module).__name__
-        return f"{path} ({kind})" if path and module._modules else path or kind
+        """What to call a module in a message: its path, with its class unless that is torch's."""
+        path, cls = self.paths[id(module)], original_class(module)
+        return f"{path} ({cls.__name__})" if path and not cls.__module__.startswith("torch.") else path or cls.__name__
 
 
 def has_own_tensors(module: nn.Module) -> bool:
@@ -150,14 +150,14 @@ def find_eps(norm: Any, model: Model) -> float | None:
         with torch.no_grad():
             y = trial(x.clone())
     except Exception as error:
-        raise Refused(f"{model.name(norm)} ({type(norm).__name__}) does not run on its own: {error}") from None
+        raise Refused(f"{model.name(norm)} does not run on its own: {error}") from None
     own = getattr(norm, "eps", None)
     for eps in (own,) if isinstance(own, float) else (1e-5, 1e-3, 1e-6, 0.0):
         mean, var, weight, bias = (vectors.get(n) for n in ("running_mean", "running_var", "weight", "bias"))
         expected = torch.nn.functional.batch_norm(x, mean, var, weight, bias, eps=eps)
         if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, expected, rtol=1e-9, atol=1e-9):
             return None if own == eps else eps
-    raise Refused(f"{model.name(norm)} ({type(norm).__name__}) computes something else than BatchNorm")
+    raise Refused(f"{model.name(norm)} computes something else than BatchNorm")
 
 
 def pair(value: int | tuple[int, ...]) -> tuple[int, int]:

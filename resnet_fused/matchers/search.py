@@ -40,7 +40,7 @@ class Search:
     @property
     def reasons(self) -> dict[str, str]:
         """For each path of a convolution that was considered and stays as it is, why."""
-        return {self._model.name(conv): why for conv, why in self._refused.items() if conv not in self._taken}
+        return {self._model.paths[id(conv)]: why for conv, why in self._refused.items() if conv not in self._taken}
 
     def _residual_blocks(self, module: nn.Module) -> bool:
         inner = [self._residual_blocks(child) for child in module.children()]
