@@ -164,10 +164,16 @@ struct Chain {
     return int64_t{plan.images} * ceil_div(rows, st.m) * ceil_div(st.out_w, st.m);
   }
   int64_t winograd_pitch(const Stage& st) const { return round_up(st.layer->shape.c, kernels.panel) + 16; }
+  // Small: all frequencies of one panel (or of a wide tile's two) at a time. Large: all panels of one frequency at a
+  // time, whose transformed tiles stay in L2.
+  bool winograd_by_panel(const Stage& st, int64_t padded_tiles) const {
+    return st.pack.taps * padded_tiles * winograd_pitch(st) * 4 <= (int64_t{1} << 20);
+  }
   int64_t winograd_bytes(const Stage& st, int rows) const {
     if (!st.m) return 0;
     const int64_t tiles = winograd_tiles(st, rows) + kMaxTileRows;
-    return st.pack.taps * tiles * (winograd_pitch(st) + kernels.panel) * 4;
+    const int kept = winograd_by_panel(st, tiles) ? 2 : st.pack.panels;
+    return st.pack.taps * tiles * (winograd_pitch(st) + kept * kernels.panel) * 4;
   }
   // Tiles gathered at once: the weights pass by once for each such group.
   static int64_t group_tiles(const Stage& st, int sub) {
@@ -806,9 +812,7 @@ class Unit {
     const Tile tile =
         choose_tile(st, panel_end - panel_begin, [&](int sub) { return round_up<int64_t>(g.tiles, 2 * sub); });
     const Tap tap{0, 0};
-    // Small: all frequencies of one panel (or of a wide tile's two) at a time. Large: all panels of one frequency at a
-    // time, whose transformed tiles stay in L2.
-    const bool by_panel = frequencies * g.frequency * 4 <= (int64_t{1} << 20);
+    const bool by_panel = chain_.winograd_by_panel(st, g.padded);
     const int kept = by_panel ? tile.panels : panel_end - panel_begin;  // panels of products
     const int64_t product = g.padded * panel;                           // floats of one frequency of one panel
     const int64_t panel_products = frequencies * product;
