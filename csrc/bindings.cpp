@@ -55,17 +55,6 @@ int get(const Dims& d, const char* name) {
   return static_cast<int>(it->second);
 }
 
-ConvShape square(int c, int k, int kernel, int stride, int dilation) {
-  ConvShape s;
-  s.c = c;
-  s.k = k;
-  s.r = s.s = kernel;
-  s.stride_h = s.stride_w = stride;
-  s.dil_h = s.dil_w = dilation;
-  s.pad_h = s.pad_w = kernel / 2 * dilation;
-  return s;
-}
-
 // Shapes only. `shortcut` stands for a residual that is not null.
 Block block_of(const std::string& op, const Dims& d, DType dtype, Algorithm algorithm) {
   static const float shortcut = 0;
@@ -84,7 +73,7 @@ Block block_of(const std::string& op, const Dims& d, DType dtype, Algorithm algo
   auto project = [&](int stride, int out) {
     if (get(d, "projection")) {
       b.has_projection = true;
-      b.projection.shape = square(get(d, "c"), out, 1, stride, 1);
+      b.projection.shape = square_conv(get(d, "c"), out, 1, stride, 1);
     } else {
       b.x = b.residual = &shortcut;
     }
@@ -106,14 +95,14 @@ Block block_of(const std::string& op, const Dims& d, DType dtype, Algorithm algo
     if (get(d, "residual")) b.residual = &shortcut;
   } else if (op == "bottleneck") {
     const int mid = get(d, "mid"), out = get(d, "out"), stride1 = get(d, "stride1"), stride2 = get(d, "stride2");
-    set(0, square(get(d, "c"), mid, 1, stride1, 1));
-    set(1, square(mid, mid, 3, stride2, get(d, "dilation")));
-    set(2, square(mid, out, 1, 1, 1));
+    set(0, square_conv(get(d, "c"), mid, 1, stride1, 1));
+    set(1, square_conv(mid, mid, 3, stride2, get(d, "dilation")));
+    set(2, square_conv(mid, out, 1, 1, 1));
     project(stride1 * stride2, out);
   } else if (op == "basic_block") {
     const int mid = get(d, "mid"), out = get(d, "out"), stride = get(d, "stride"), dilation = get(d, "dilation");
-    set(0, square(get(d, "c"), mid, 3, stride, dilation));
-    set(1, square(mid, out, 3, 1, dilation));
+    set(0, square_conv(get(d, "c"), mid, 3, stride, dilation));
+    set(1, square_conv(mid, out, 3, 1, dilation));
     project(stride, out);
   } else if (op == "stem") {
     ConvShape s;

@@ -124,17 +124,6 @@ Tensor run(const Tensor& x, cpu::Block& b) {
 
 int pick(const Ints& v, size_t i) { return static_cast<int>(v.size() == 1 ? v[0] : v.at(i)); }
 
-cpu::ConvShape conv_shape(int c, int k, int kernel, int stride, int dilation) {
-  cpu::ConvShape s;
-  s.c = c;
-  s.k = k;
-  s.r = s.s = kernel;
-  s.stride_h = s.stride_w = stride;
-  s.dil_h = s.dil_w = dilation;
-  s.pad_h = s.pad_w = (kernel / 2) * dilation;
-  return s;
-}
-
 // Winograd where asked for and possible: a 3x3 of a block with stride or dilation runs direct.
 cpu::Algorithm three_by_three(const cpu::ConvShape& s, cpu::Algorithm wanted) {
   return s.stride_h == 1 && s.dil_h == 1 ? wanted : cpu::Algorithm::kDirect;
@@ -191,9 +180,9 @@ void add_shortcut(cpu::Block& b, const Tensor& x, const std::optional<Tensor>& w
                   const std::optional<Tensor>& shift, int stride, int out_channels) {
   if (w) {
     b.has_projection = true;
-    b.projection =
-        layer_of(*w, scale.value(), shift.value(), conv_shape(static_cast<int>(x.size(1)), out_channels, 1, stride, 1),
-                 cpu::Algorithm::kDirect, false, "wd");
+    b.projection = layer_of(*w, scale.value(), shift.value(),
+                            cpu::square_conv(static_cast<int>(x.size(1)), out_channels, 1, stride, 1),
+                            cpu::Algorithm::kDirect, false, "wd");
   } else {
     STD_TORCH_CHECK(stride == 1 && x.size(1) == out_channels, "wd: a projection is needed where stride is not 1 (",
                     stride, ") or channels change (", x.size(1), " to ", out_channels, ")");
@@ -207,12 +196,12 @@ Tensor cpu_bottleneck(const Tensor& x, const Tensor& w1, const Tensor& s1, const
                       int64_t stride2, int64_t dilation, std::string algorithm) {
   cpu::Block b = block_of(x);
   const int c = static_cast<int>(x.size(1)), mid1 = header_of(w1).k, mid2 = header_of(w2).k, out = header_of(w3).k;
-  const cpu::ConvShape middle = conv_shape(mid1, mid2, 3, static_cast<int>(stride2), static_cast<int>(dilation));
+  const cpu::ConvShape middle = cpu::square_conv(mid1, mid2, 3, static_cast<int>(stride2), static_cast<int>(dilation));
   b.layer_count = 3;
-  b.layers[0] =
-      layer_of(w1, s1, b1, conv_shape(c, mid1, 1, static_cast<int>(stride1), 1), cpu::Algorithm::kDirect, true, "w1");
+  b.layers[0] = layer_of(w1, s1, b1, cpu::square_conv(c, mid1, 1, static_cast<int>(stride1), 1),
+                         cpu::Algorithm::kDirect, true, "w1");
   b.layers[1] = layer_of(w2, s2, b2, middle, three_by_three(middle, algorithm_of(algorithm)), true, "w2");
-  b.layers[2] = layer_of(w3, s3, b3, conv_shape(mid2, out, 1, 1, 1), cpu::Algorithm::kDirect, true, "w3");
+  b.layers[2] = layer_of(w3, s3, b3, cpu::square_conv(mid2, out, 1, 1, 1), cpu::Algorithm::kDirect, true, "w3");
   add_shortcut(b, x, wd, sd, bd, static_cast<int>(stride1 * stride2), out);
   return run(x, b);
 }
@@ -222,8 +211,8 @@ Tensor cpu_basic_block(const Tensor& x, const Tensor& w1, const Tensor& s1, cons
                        std::optional<Tensor> bd, int64_t stride, int64_t dilation, std::string algorithm) {
   cpu::Block b = block_of(x);
   const int c = static_cast<int>(x.size(1)), mid = header_of(w1).k, out = header_of(w2).k;
-  const cpu::ConvShape first = conv_shape(c, mid, 3, static_cast<int>(stride), static_cast<int>(dilation));
-  const cpu::ConvShape second = conv_shape(mid, out, 3, 1, static_cast<int>(dilation));
+  const cpu::ConvShape first = cpu::square_conv(c, mid, 3, static_cast<int>(stride), static_cast<int>(dilation));
+  const cpu::ConvShape second = cpu::square_conv(mid, out, 3, 1, static_cast<int>(dilation));
   b.layer_count = 2;
   b.layers[0] = layer_of(w1, s1, b1, first, three_by_three(first, algorithm_of(algorithm)), true, "w1");
   b.layers[1] = layer_of(w2, s2, b2, second, three_by_three(second, algorithm_of(algorithm)), true, "w2");

@@ -23,6 +23,18 @@ struct ConvShape {
   int out_w(int w) const { return (w + 2 * pad_w - dil_w * (s - 1) - 1) / stride_w + 1; }
 };
 
+// A square kernel whose padding keeps the image's size at stride 1.
+inline ConvShape square_conv(int c, int k, int kernel, int stride, int dilation) {
+  ConvShape s;
+  s.c = c;
+  s.k = k;
+  s.r = s.s = kernel;
+  s.stride_h = s.stride_w = stride;
+  s.dil_h = s.dil_w = dilation;
+  s.pad_h = s.pad_w = kernel / 2 * dilation;
+  return s;
+}
+
 // fn(begin, end, context) over [0, count), in threads or not.
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 struct Parallel {

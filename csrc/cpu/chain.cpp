@@ -68,6 +68,7 @@ struct Chain {
   Stage projection;
   int count;
   int final_h, final_w;  // of the last layer
+  int out_h, out_w;      // of the block: behind the pooling, if any
   int64_t pool_pitch = 0;
   int pool_capacity = 0;
   int ahead_layer = 0;  // the one whose products hide the prefetch of x: the longest
@@ -81,6 +82,8 @@ struct Chain {
     }
     final_h = h;
     final_w = w;
+    out_h = b.pool.kernel ? b.pool.out(h) : h;
+    out_w = b.pool.kernel ? b.pool.out(w) : w;
     if (b.has_projection) projection = make_stage(b.projection, b.h, b.w, true, true);
   }
 
@@ -200,9 +203,8 @@ class Unit {
     const Block& b = block_;
     const int64_t element = element_size(b.dtype);
     x_ = static_cast<const char*>(b.x) + int64_t{image} * b.h * b.w * b.layers[0].shape.c * element;
-    const int out_h = b.pool.kernel ? b.pool.out(chain.final_h) : chain.final_h;
-    const int out_w = b.pool.kernel ? b.pool.out(chain.final_w) : chain.final_w;
-    const int64_t out_offset = int64_t{image} * out_h * out_w * b.layers[b.layer_count - 1].shape.k * element;
+    const int64_t out_offset =
+        int64_t{image} * chain.out_h * chain.out_w * b.layers[b.layer_count - 1].shape.k * element;
     out_ = static_cast<char*>(b.out) + out_offset;
     residual_ = b.residual ? static_cast<const char*>(b.residual) + out_offset : nullptr;
     for (int l = 0; l < chain.count; ++l)
@@ -874,7 +876,7 @@ class Unit {
     static thread_local std::vector<const float*> window;
     const Pool& pool = block_.pool;
     const int channels = chain_.stages[chain_.count - 1].layer->shape.k;
-    const int h = chain_.final_h, w = chain_.final_w, out_h = pool.out(h), out_w = pool.out(w);
+    const int h = chain_.final_h, w = chain_.final_w, out_h = chain_.out_h, out_w = chain_.out_w;
     const int64_t element = element_size(block_.dtype);
     for (int image = 0; image < images_; ++image)
       for (int y = y0; y < y1; ++y)
@@ -901,8 +903,7 @@ constexpr int kSplitPixels = 128;  // fewer output pixels per thread than this: 
 
 Schedule choose_schedule(const Chain& chain, int threads) {
   const Block& b = chain.block;
-  const int out_h = b.pool.kernel ? b.pool.out(chain.final_h) : chain.final_h;
-  const int out_w = b.pool.kernel ? b.pool.out(chain.final_w) : chain.final_w;
+  const int out_h = chain.out_h, out_w = chain.out_w;
   const int64_t pixels = int64_t{out_h} * out_w;
   Schedule p{};
   bool winograd = false;
@@ -975,7 +976,7 @@ void run_block(const Kernels& kernels, const Block& block, const Parallel& paral
   Chain chain(kernels, block);
   if (block.n == 0 || chain.final_h <= 0 || chain.final_w <= 0) return;
   chain.fit(choose_schedule(chain, parallel.threads));
-  const int out_h = block.pool.kernel ? block.pool.out(chain.final_h) : chain.final_h;
+  const int out_h = chain.out_h;
   const Schedule& p = chain.plan;
   if (p.split_channels) {
     Unit(chain, 0, block.n, 0, out_h).run_split(parallel);
