@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <vector>
@@ -22,6 +23,7 @@ namespace cpu = resnet_fused::cpu;
 using stable::Tensor;
 using torch::headeronly::ScalarType;
 using Ints = std::vector<int64_t>;
+using Tensors = std::vector<Tensor>;
 
 cpu::Parallel torch_threads() {
   return {[](int64_t count, cpu::ParallelBody body, void* context) {
@@ -43,16 +45,17 @@ cpu::Algorithm algorithm_of(const std::string& name) {
   return cpu::Algorithm::kWinograd4;
 }
 
-// NCHW sizes in NHWC order, without gaps; strides of dimensions of size 1 do not matter.
-void check_image(const Tensor& t, const char* name) {
+// NCHW sizes in NHWC order, dense or a slice of the channels; strides of dimensions of size 1 do not matter. Returns
+// the elements from pixel to pixel.
+cpu::Pitch check_image(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4, name, ": expected 4 dimensions, got ", t.dim());
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
-  int64_t expected = 1;
-  for (int d : {1, 3, 2, 0}) {
-    STD_TORCH_CHECK(t.size(d) <= 1 || t.numel() == 0 || t.stride(d) == expected, name,
-                    ": expected channels_last memory format");
-    expected *= t.size(d);
-  }
+  const int64_t n = t.size(0), c = t.size(1), h = t.size(2), w = t.size(3);
+  const cpu::Pitch pitch = w > 1 ? t.stride(3) : h > 1 ? t.stride(2) : n > 1 ? t.stride(0) : c;
+  STD_TORCH_CHECK(t.numel() == 0 || (pitch >= c && (c == 1 || t.stride(1) == 1) &&
+                                     (h == 1 || t.stride(2) == w * pitch) && (n == 1 || t.stride(0) == h * w * pitch)),
+                  name, ": expected channels_last memory format, or a slice of its channels");
+  return pitch;
 }
 
 const float* vector_of(const Tensor& t, int64_t size, const char* name) {
@@ -62,28 +65,35 @@ const float* vector_of(const Tensor& t, int64_t size, const char* name) {
   return static_cast<const float*>(t.const_data_ptr());
 }
 
-cpu::Layer layer_of(const Tensor& packed, const Tensor& scale, const Tensor& shift, cpu::ConvShape shape,
-                    cpu::Algorithm algorithm, bool relu, const char* name) {
+const cpu::PackHeader& header_of(const Tensor& packed, const char* name = "packed") {
   STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
                       packed.numel() >= static_cast<int64_t>(sizeof(cpu::PackHeader)),
                   name, ": expected a tensor made by _cpu_pack");
+  const void* header = packed.const_data_ptr();
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(header) % 64 == 0, name, ": expected packed weights aligned to 64 bytes");
+  return *static_cast<const cpu::PackHeader*>(header);
+}
+
+// Without scale and shift: the plain convolution.
+cpu::Layer layer_of(const Tensor& packed, cpu::ConvShape shape, cpu::Algorithm algorithm, bool relu, const char* name) {
   cpu::Layer l;
   l.shape = shape;
   l.algorithm = algorithm;
-  l.packed = static_cast<const cpu::PackHeader*>(packed.const_data_ptr());
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(l.packed) % 64 == 0, name,
-                  ": expected packed weights aligned to 64 bytes");
-  l.scale = vector_of(scale, shape.k, "scale");
-  l.shift = vector_of(shift, shape.k, "shift");
+  l.packed = &header_of(packed, name);
   l.relu = relu;
   return l;
 }
+cpu::Layer layer_of(const Tensor& packed, const Tensor& scale, const Tensor& shift, cpu::ConvShape shape,
+                    cpu::Algorithm algorithm, bool relu, const char* name) {
+  cpu::Layer l = layer_of(packed, shape, algorithm, relu, name);
+  l.scale = vector_of(scale, shape.k, "scale");
+  l.shift = vector_of(shift, shape.k, "shift");
+  return l;
+}
 
-const cpu::PackHeader& header_of(const Tensor& packed) {
-  STD_TORCH_CHECK(
-      packed.scalar_type() == ScalarType::Byte && packed.numel() >= static_cast<int64_t>(sizeof(cpu::PackHeader)),
-      "packed: expected a tensor made by _cpu_pack");
-  return *static_cast<const cpu::PackHeader*>(packed.const_data_ptr());
+void set_prologue(cpu::Block& b, const Tensor& in_scale, const Tensor& in_shift, int64_t channels) {
+  b.in_scale = vector_of(in_scale, channels, "in_scale");
+  b.in_shift = vector_of(in_shift, channels, "in_shift");
 }
 
 Tensor new_output(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
@@ -94,8 +104,8 @@ Tensor new_output(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w
 }
 
 cpu::Block block_of(const Tensor& x) {
-  check_image(x, "x");
   cpu::Block b;
+  b.x_pitch = check_image(x, "x");
   b.n = static_cast<int>(x.size(0));
   b.h = static_cast<int>(x.size(2));
   b.w = static_cast<int>(x.size(3));
@@ -104,8 +114,9 @@ cpu::Block block_of(const Tensor& x) {
   return b;
 }
 
-Tensor run(const Tensor& x, cpu::Block& b) {
-  int h = b.h, w = b.w;
+// Sizes of the output, NCHW.
+std::array<int64_t, 4> output_size(const Tensor& x, const cpu::Block& b) {
+  int h = b.average ? b.h / 2 : b.h, w = b.average ? b.w / 2 : b.w;
   STD_TORCH_CHECK(x.size(1) == b.layers[0].shape.c, "x: expected ", b.layers[0].shape.c, " channels, got ", x.size(1));
   for (int l = 0; l < b.layer_count; ++l) {
     w = b.layers[l].shape.out_w(w);
@@ -116,7 +127,12 @@ Tensor run(const Tensor& x, cpu::Block& b) {
     w = b.pool.out(w);
   }
   STD_TORCH_CHECK(h > 0 && w > 0, "x: the image is smaller than the kernel, ", b.h, "x", b.w);
-  Tensor out = new_output(x, b.n, b.layers[b.layer_count - 1].shape.k, h, w);
+  return {b.n, b.layers[b.layer_count - 1].shape.k, h, w};
+}
+
+Tensor run(const Tensor& x, cpu::Block& b) {
+  const auto [n, k, h, w] = output_size(x, b);
+  Tensor out = new_output(x, n, k, h, w);
   b.out = out.mutable_data_ptr();
   cpu::run_block(cpu::kernels(), b, torch_threads());
   return out;
@@ -147,10 +163,8 @@ Tensor cpu_pack(const Tensor& weight, int64_t groups, std::string layout) {
   return out;
 }
 
-Tensor cpu_conv(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& shift,
-                std::optional<Tensor> residual, Ints kernel, Ints stride, Ints padding, Ints dilation, int64_t groups,
-                bool relu, std::string algorithm) {
-  cpu::Block b = block_of(x);
+cpu::ConvShape conv_shape(const Tensor& packed, const Ints& kernel, const Ints& stride, const Ints& padding,
+                          const Ints& dilation, int64_t groups) {
   cpu::ConvShape s;
   s.c = header_of(packed).c;
   s.k = header_of(packed).k;
@@ -163,30 +177,67 @@ Tensor cpu_conv(const Tensor& x, const Tensor& packed, const Tensor& scale, cons
   s.dil_h = pick(dilation, 0);
   s.dil_w = pick(dilation, 1);
   s.groups = static_cast<int>(groups);
+  return s;
+}
+
+cpu::Block conv_block(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& shift,
+                      const std::optional<Tensor>& residual, const std::optional<Tensor>& in_scale,
+                      const std::optional<Tensor>& in_shift, const cpu::ConvShape& s, bool relu,
+                      const std::string& algorithm) {
+  cpu::Block b = block_of(x);
   b.layer_count = 1;
   b.layers[0] = layer_of(packed, scale, shift, s, algorithm_of(algorithm), relu, "packed");
+  if (in_scale) set_prologue(b, *in_scale, in_shift.value(), s.c);
   if (residual) {
-    check_image(*residual, "residual");
+    b.residual_pitch = check_image(*residual, "residual");
     STD_TORCH_CHECK(residual->size(0) == b.n && residual->size(1) == s.k && residual->size(2) == s.out_h(b.h) &&
                         residual->size(3) == s.out_w(b.w) && residual->scalar_type() == x.scalar_type(),
                     "residual: expected the shape and dtype of the output");
     b.residual = residual->const_data_ptr();
   }
+  return b;
+}
+
+Tensor cpu_conv(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& shift,
+                std::optional<Tensor> residual, std::optional<Tensor> in_scale, std::optional<Tensor> in_shift,
+                Ints kernel, Ints stride, Ints padding, Ints dilation, int64_t groups, bool relu,
+                std::string algorithm) {
+  const cpu::ConvShape s = conv_shape(packed, kernel, stride, padding, dilation, groups);
+  cpu::Block b = conv_block(x, packed, scale, shift, residual, in_scale, in_shift, s, relu, algorithm);
   return run(x, b);
+}
+
+void cpu_conv_out(const Tensor& out, const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& shift,
+                  std::optional<Tensor> residual, std::optional<Tensor> in_scale, std::optional<Tensor> in_shift,
+                  Ints kernel, Ints stride, Ints padding, Ints dilation, int64_t groups, bool relu,
+                  std::string algorithm) {
+  const cpu::ConvShape s = conv_shape(packed, kernel, stride, padding, dilation, groups);
+  cpu::Block b = conv_block(x, packed, scale, shift, residual, in_scale, in_shift, s, relu, algorithm);
+  const auto [n, k, h, w] = output_size(x, b);
+  b.out_pitch = check_image(out, "out");
+  STD_TORCH_CHECK(out.size(0) == n && out.size(1) == k && out.size(2) == h && out.size(3) == w &&
+                      out.scalar_type() == x.scalar_type(),
+                  "out: expected [", n, ", ", k, ", ", h, ", ", w, "] of x's dtype, got [", out.size(0), ", ",
+                  out.size(1), ", ", out.size(2), ", ", out.size(3), "]");
+  b.out = out.mutable_data_ptr();
+  b.reread = true;
+  cpu::run_block(cpu::kernels(), b, torch_threads());
 }
 
 // Shortcut of a block: its projection, or x itself.
 void add_shortcut(cpu::Block& b, const Tensor& x, const std::optional<Tensor>& w, const std::optional<Tensor>& scale,
                   const std::optional<Tensor>& shift, int stride, int out_channels) {
   if (w) {
+    const cpu::ConvShape s = cpu::square_conv(static_cast<int>(x.size(1)), out_channels, 1, stride, 1);
     b.has_projection = true;
-    b.projection = layer_of(*w, scale.value(), shift.value(),
-                            cpu::square_conv(static_cast<int>(x.size(1)), out_channels, 1, stride, 1),
-                            cpu::Algorithm::kDirect, false, "wd");
+    b.projection = layer_of(*w, s, cpu::Algorithm::kDirect, false, "wd");
+    if (scale) b.projection.scale = vector_of(*scale, out_channels, "sd");
+    if (shift) b.projection.shift = vector_of(*shift, out_channels, "bd");
   } else {
     STD_TORCH_CHECK(stride == 1 && x.size(1) == out_channels, "wd: a projection is needed where stride is not 1 (",
                     stride, ") or channels change (", x.size(1), " to ", out_channels, ")");
     b.residual = x.const_data_ptr();
+    b.residual_pitch = b.x_pitch;
   }
 }
 
@@ -223,18 +274,76 @@ Tensor cpu_basic_block(const Tensor& x, const Tensor& w1, const Tensor& s1, cons
 Tensor cpu_stem(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& shift, Ints kernel,
                 Ints stride, Ints padding, int64_t pool_kernel, int64_t pool_stride, int64_t pool_padding) {
   cpu::Block b = block_of(x);
-  cpu::ConvShape s;
-  s.c = header_of(packed).c;
-  s.k = header_of(packed).k;
-  s.r = pick(kernel, 0);
-  s.s = pick(kernel, 1);
-  s.stride_h = pick(stride, 0);
-  s.stride_w = pick(stride, 1);
-  s.pad_h = pick(padding, 0);
-  s.pad_w = pick(padding, 1);
   b.layer_count = 1;
-  b.layers[0] = layer_of(packed, scale, shift, s, cpu::Algorithm::kDirect, true, "packed");
+  b.layers[0] = layer_of(packed, scale, shift, conv_shape(packed, kernel, stride, padding, {1}, 1),
+                         cpu::Algorithm::kDirect, true, "packed");
   b.pool = {static_cast<int>(pool_kernel), static_cast<int>(pool_stride), static_cast<int>(pool_padding)};
+  return run(x, b);
+}
+
+// Full pre-activation: two 3x3, or 1x1, 3x3, 1x1; nothing follows the addition.
+Tensor cpu_preact(const Tensor& x, std::optional<Tensor> in_scale, std::optional<Tensor> in_shift, Tensors w, Tensors s,
+                  Tensors shifts, std::optional<Tensor> wd, int64_t stride1, int64_t stride2, int64_t dilation,
+                  std::string algorithm) {
+  const size_t count = w.size();
+  STD_TORCH_CHECK((count == 2 || count == 3) && s.size() == count && shifts.size() == count,
+                  "w, s, b: expected 2 or 3 tensors each, got ", count, ", ", s.size(), " and ", shifts.size());
+  cpu::Block b = block_of(x);
+  if (in_scale) set_prologue(b, *in_scale, in_shift.value(), x.size(1));
+  int c = static_cast<int>(x.size(1));
+  for (size_t i = 0; i < count; ++i) {
+    const int k = header_of(w[i]).k, kernel = count == 2 || i == 1 ? 3 : 1;
+    const int64_t stride = i == 0 ? stride1 : i == 1 ? stride2 : 1;
+    const cpu::ConvShape shape =
+        cpu::square_conv(c, k, kernel, static_cast<int>(stride), kernel == 3 ? static_cast<int>(dilation) : 1);
+    const cpu::Algorithm wanted =
+        kernel == 3 ? three_by_three(shape, algorithm_of(algorithm)) : cpu::Algorithm::kDirect;
+    b.layers[b.layer_count++] = layer_of(w[i], s[i], shifts[i], shape, wanted, i + 1 < count, "w");
+    c = k;
+  }
+  add_shortcut(b, x, wd, std::nullopt, std::nullopt, static_cast<int>(stride1 * stride2), c);
+  return run(x, b);
+}
+
+// Lists of one tensor a layer; w1 (and s1, b1) are empty tensors where there is no 1x1.
+Tensor cpu_dense_block(const Tensor& x, Tensors in_scale, Tensors in_shift, Tensors w1, Tensors s1, Tensors b1,
+                       Tensors w2, int64_t growth, std::string algorithm) {
+  const size_t count = w2.size();
+  for (const Tensors* list : {&in_scale, &in_shift, &w1, &s1, &b1})
+    STD_TORCH_CHECK(list->size() == count, "expected a tensor for each of ", count, " layers, got ", list->size());
+  STD_TORCH_CHECK(count > 0, "w2: expected at least one layer");
+  const cpu::Block image = block_of(x);
+  cpu::DenseShape shape;
+  shape.n = image.n;
+  shape.h = image.h;
+  shape.w = image.w;
+  shape.c = static_cast<int>(x.size(1));
+  shape.dtype = image.dtype;
+  shape.count = static_cast<int>(count);
+  shape.growth = static_cast<int>(growth);
+  shape.algorithm = algorithm_of(algorithm);
+  Tensor out = new_output(x, shape.n, shape.channels(shape.count), shape.h, shape.w);
+  std::vector<cpu::Block> layers;
+  for (size_t i = 0; i < count; ++i) {
+    shape.mid = w1[i].numel() ? header_of(w1[i], "w1").k : 0;
+    cpu::Block b = cpu::dense_layer(shape, static_cast<int>(i), out.mutable_data_ptr());
+    set_prologue(b, in_scale[i], in_shift[i], shape.channels(static_cast<int>(i)));
+    if (shape.mid) b.layers[0] = layer_of(w1[i], s1[i], b1[i], b.layers[0].shape, cpu::Algorithm::kDirect, true, "w1");
+    cpu::Layer& last = b.layers[b.layer_count - 1];
+    last = layer_of(w2[i], last.shape, last.algorithm, last.relu, "w2");
+    layers.push_back(b);
+  }
+  cpu::run_dense_block(cpu::kernels(), shape, image.x, image.x_pitch, out.mutable_data_ptr(), layers, torch_threads());
+  return out;
+}
+
+Tensor cpu_transition(const Tensor& x, const Tensor& in_scale, const Tensor& in_shift, const Tensor& packed) {
+  cpu::Block b = block_of(x);
+  b.average = true;
+  set_prologue(b, in_scale, in_shift, x.size(1));
+  b.layer_count = 1;
+  b.layers[0] = layer_of(packed, cpu::square_conv(header_of(packed).c, header_of(packed).k, 1, 1, 1),
+                         cpu::Algorithm::kDirect, false, "packed");
   return run(x, b);
 }
 
@@ -246,4 +355,8 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("_cpu_bottleneck", TORCH_BOX(&cpu_bottleneck));
   m.impl("_cpu_basic_block", TORCH_BOX(&cpu_basic_block));
   m.impl("_cpu_stem", TORCH_BOX(&cpu_stem));
+  m.impl("_cpu_conv_out", TORCH_BOX(&cpu_conv_out));
+  m.impl("_cpu_preact", TORCH_BOX(&cpu_preact));
+  m.impl("_cpu_dense_block", TORCH_BOX(&cpu_dense_block));
+  m.impl("_cpu_transition", TORCH_BOX(&cpu_transition));
 }

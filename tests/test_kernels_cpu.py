@@ -30,7 +30,7 @@ def run(case: Case, algorithm: str) -> torch.Tensor:
         return cpu.conv_bn_act(*args, algorithm=algorithm, **{"activation": "relu", "groups": 1, **options})
     if case.op == "stem":
         geometry = {"stride": 2, "padding": 3, "pool_kernel": 3, "pool_stride": 2, "pool_padding": 1}
-        return cpu.stem(*case.args, **{**geometry, **options})
+        return cpu.stem(*case.args, **{**geometry, **options}, algorithm=algorithm)
     scales = [
         options.pop(name, None)
         for name in (("s1", "s2", "s3", "sd") if case.op == "bottleneck" else ("s1", "s2", "sd"))

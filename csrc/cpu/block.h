@@ -2,6 +2,7 @@
 // that is computed band by band, with everything between input and output kept in the core's own cache.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "kernels.h"
 
@@ -70,8 +71,8 @@ struct Layer {
   ConvShape shape;
   Algorithm algorithm = Algorithm::kDirect;
   const PackHeader* packed = nullptr;
-  const float* scale = nullptr;  // [k]
-  const float* shift = nullptr;  // [k]
+  const float* scale = nullptr;  // [k]; null: ones
+  const float* shift = nullptr;  // [k]; null: zeros
   bool relu = true;
 };
 
@@ -80,12 +81,21 @@ struct Pool {
   int out(int size) const { return (size + 2 * pad - kernel) / stride + 1; }
 };
 
-// out = pool(layers[...]) or relu?(layers[...] + shortcut); every tensor dense NHWC.
+// An NHWC image or a slice of its channels: elements from pixel to pixel; 0: as many as there are channels.
+using Pitch = int64_t;
+
+// out = pool(layers[...]) or relu?(layers[...] + shortcut)
 struct Block {
   int n = 0, h = 0, w = 0;  // of x
   DType dtype = DType::kF32;
   const void* x = nullptr;
   void* out = nullptr;
+  Pitch x_pitch = 0, out_pitch = 0, residual_pitch = 0;
+  bool reread = false;  // out is read again soon, and is to stay in the caches
+  // The prologue: the first layer and the projection read relu(x * in_scale + in_shift), padded with zeros after that.
+  const float* in_scale = nullptr;  // [c] of x; null: no prologue
+  const float* in_shift = nullptr;
+  bool average = false;  // ... of which they read the averages of 2x2 pixels; an odd last row or column is dropped
   int layer_count = 0;
   Layer layers[3];
   bool has_projection = false;
@@ -106,5 +116,25 @@ RF_EXPORT Schedule schedule(const Kernels&, const Block&, int threads);
 
 // Throws std::invalid_argument on a pack of another instruction set, shape or algorithm.
 void run_block(const Kernels&, const Block&, const Parallel&);
+
+// Blocks that read, pixel for pixel, what those before them wrote. Where the schedule hands out whole images, a thread
+// takes its images through all the blocks, between which they stay in its cache.
+void run_sequence(const Kernels&, const std::vector<Block>&, const Parallel&);
+
+// ---- dense blocks (dense.cpp) ------------------------------------------------------------------------------------
+// All layers of a dense block share one buffer of c + count * growth channels: layer i reads its first c + i * growth
+// and writes the next `growth`. A layer is 1x1 to `mid`, ReLU, 3x3, each with a scale and shift; mid 0: only the 3x3.
+struct DenseShape {
+  int n = 0, h = 0, w = 0, c = 0, growth = 0, mid = 0, count = 0;
+  DType dtype = DType::kF32;
+  Algorithm algorithm = Algorithm::kDirect;  // of the 3x3
+
+  int channels(int layer) const { return c + layer * growth; }
+};
+// Layer `i` on the buffer; the caller sets the weights and vectors.
+RF_EXPORT Block dense_layer(const DenseShape&, int i, void* buffer);
+// x: NHWC, [n, h, w, c]; `layers`: from dense_layer.
+void run_dense_block(const Kernels&, const DenseShape&, const void* x, Pitch x_pitch, void* buffer,
+                     const std::vector<Block>& layers, const Parallel&);
 
 }  // namespace resnet_fused::cpu

@@ -1,10 +1,11 @@
 // A chain of convolutions, computed band by band.
 //
 // Level l is the input of layer l. Level 0 is x itself where its pixels can be read in place (1x1 convolutions), else a
-// copy of the rows in use; the other levels live only in the workspace, a few rows at a time, zero-padded on all sides,
-// so that the window of a convolution is a list of byte offsets ("taps") from a pixel. A step computes `rows` output
-// rows: it moves the rows of each level that the last step left and the windows still overlap, and computes the new
-// ones. What is recomputed is therefore only the overlap between bands.
+// copy of the rows in use; a prologue is computed while pixels are copied, or gathered for the register tile; the other
+// levels live only in the workspace, a few rows at a time, zero-padded on all sides, so that the window of a
+// convolution is a list of byte offsets ("taps") from a pixel. A step computes `rows` output rows: it moves the rows of
+// each level that the last step left and the windows still overlap, and computes the new ones. What is recomputed is
+// therefore only the overlap between bands.
 #include <algorithm>
 #include <climits>
 #include <cstring>
@@ -50,7 +51,7 @@ struct Stage {
   int in_h, in_w, out_h, out_w;
   bool last;
   // storage of the input level
-  bool in_place;  // 1x1 straight from x, or gathered from it
+  bool in_place;  // 1x1 straight from x, or gathered from it, there through the prologue
   bool gather;    // rows of A are copied together first: from x, or from the taps of a level
   int64_t gather_pitch;
   bool merged;    // one tap per kernel row: a row of the window is contiguous
@@ -69,12 +70,20 @@ struct Chain {
   int count;
   int final_h, final_w;  // of the last layer
   int out_h, out_w;      // of the block: behind the pooling, if any
+  // bytes between pixels
+  int64_t x_pixel, out_pixel, residual_pixel;
   int64_t pool_pitch = 0;
   int pool_capacity = 0;
   int ahead_layer = 0;  // the one whose products hide the prefetch of x: the longest
 
   Chain(const Kernels& k, const Block& b) : kernels(k), block(b), plan{}, count(b.layer_count) {
-    int h = b.h, w = b.w;
+    const int64_t element = element_size(b.dtype), k_out = b.layers[count - 1].shape.k;
+    auto pixel = [&](Pitch pitch, int64_t channels) { return (pitch ? pitch : channels) * element; };
+    x_pixel = pixel(b.x_pitch, b.layers[0].shape.c);
+    out_pixel = pixel(b.out_pitch, k_out);
+    residual_pixel = pixel(b.residual_pitch, k_out);
+    const int first_h = b.h / input_step(), first_w = b.w / input_step();
+    int h = first_h, w = first_w;
     for (int l = 0; l < count; ++l) {
       stages[l] = make_stage(b.layers[l], h, w, l == count - 1, l == 0);
       h = stages[l].out_h;
@@ -84,8 +93,13 @@ struct Chain {
     final_w = w;
     out_h = b.pool.kernel ? b.pool.out(h) : h;
     out_w = b.pool.kernel ? b.pool.out(w) : w;
-    if (b.has_projection) projection = make_stage(b.projection, b.h, b.w, true, true);
+    if (b.has_projection) projection = make_stage(b.projection, first_h, first_w, true, true);
+    if (b.average && !stages[0].in_place)
+      throw std::invalid_argument("average: the first convolution must be a 1x1 without padding and groups");
   }
+
+  // Rows and columns of x that are one row or column of the first stage's input.
+  int input_step() const { return block.average ? 2 : 1; }
 
   Stage make_stage(const Layer& layer, int h, int w, bool last, bool first) const {
     const ConvShape& s = layer.shape;
@@ -104,13 +118,14 @@ struct Chain {
     st.gather_pitch = round_up(int64_t{st.pack.words} * 4, kLine) + kLine;
     st.in_place = first && s.r == 1 && s.s == 1 && s.pad_h == 0 && s.pad_w == 0 && s.groups == 1;
     if (st.in_place) {
-      const int64_t pixel = int64_t{s.c} * element_size(block.dtype);
-      // In place needs x's own type, whole words, a full sub-tile in x, and rows that do not all fall into the same
-      // sets of L1 (4 KiB apart).
+      const int64_t channels = int64_t{s.c} * element_size(block.dtype);
+      // In place needs x's own values and type, whole words, a full sub-tile in x, and rows that do not all fall into
+      // the same sets of L1 (4 KiB apart).
       const int sub = st.pack.bf16 ? kernels.bf16_sub : kernels.sub_max;
-      st.gather = st.pack.bf16 != (block.dtype == DType::kBf16) || int64_t{st.pack.words} * 4 != pixel ||
-                  (int64_t{block.n} * h * w - 1) / s.stride_w + 1 < sub || pixel * s.stride_w % 4096 == 0;
-      st.pitch = pixel * s.stride_w;
+      st.gather = block.in_scale || st.pack.bf16 != (block.dtype == DType::kBf16) ||
+                  int64_t{st.pack.words} * 4 != channels || (int64_t{block.n} * h * w - 1) / s.stride_w + 1 < sub ||
+                  x_pixel * s.stride_w % 4096 == 0;
+      st.pitch = x_pixel * s.stride_w;
       return st;
     }
     st.columns = w + 2 * s.pad_w;
@@ -201,12 +216,10 @@ class Unit {
         begin_(begin),
         end_(end) {
     const Block& b = block_;
-    const int64_t element = element_size(b.dtype);
-    x_ = static_cast<const char*>(b.x) + int64_t{image} * b.h * b.w * b.layers[0].shape.c * element;
-    const int64_t out_offset =
-        int64_t{image} * chain.out_h * chain.out_w * b.layers[b.layer_count - 1].shape.k * element;
-    out_ = static_cast<char*>(b.out) + out_offset;
-    residual_ = b.residual ? static_cast<const char*>(b.residual) + out_offset : nullptr;
+    x_ = static_cast<const char*>(b.x) + int64_t{image} * b.h * b.w * chain.x_pixel;
+    const int64_t out_pixels = int64_t{image} * chain.out_h * chain.out_w;
+    out_ = static_cast<char*>(b.out) + out_pixels * chain.out_pixel;
+    residual_ = b.residual ? static_cast<const char*>(b.residual) + out_pixels * chain.residual_pixel : nullptr;
     for (int l = 0; l < chain.count; ++l)
       if (!chain.stages[l].in_place)
         level_[l] =
@@ -230,7 +243,7 @@ class Unit {
           allocate_transformed(l);
           winograd_transform(l, 0, channel_blocks(l));
         }
-        layer(l, 0, panels(chain_.stages[l]));
+        layer(l, 0, panels(chain_.stages[l]), have_[l + 1], hi_[l + 1]);
       }
       if (block_.pool.kernel) pool_rows(y, std::min(end_, y + chain_.plan.rows));
       end_step();
@@ -238,7 +251,7 @@ class Unit {
     kernels_.end();
   }
 
-  // Everything in one step, the threads sharing out the channels of each layer.
+  // Everything in one step, the threads sharing out the channels of each layer, or its rows where that is less work.
   void run_split(const Parallel& parallel) {
     clear_columns();
     begin_step(begin_, end_, true);
@@ -248,9 +261,11 @@ class Unit {
         allocate_transformed(l);
         fork(parallel, channel_blocks(l), [this, l](int a, int b) { winograd_transform(l, a, b); });
       }
-      fork(parallel, panels(chain_.stages[l]), [this, l](int a, int b) {
+      const int from = have_[l + 1], to = hi_[l + 1], all = panels(chain_.stages[l]);
+      const bool by_rows = splits_rows(chain_.stages[l], to - from, parallel.threads);
+      fork(parallel, by_rows ? to - from : all, [=](int a, int b) {
         kernels_.begin();
-        layer(l, a, b);
+        by_rows ? layer(l, 0, all, from + a, from + b) : layer(l, a, b, from, to);
         kernels_.end();
       });
     }
@@ -275,7 +290,7 @@ class Unit {
   struct Vectors {
     const float* scale;
     const float* shift;
-  } vectors_[4];
+  } vectors_[4], input_;  // input_: of the prologue
 
   template <class F>
   static void fork(const Parallel& parallel, int count, F f) {
@@ -289,29 +304,42 @@ class Unit {
     return static_cast<int>(ceil_div(chain_.stages[l].layer->shape.c, kernels_.panel));
   }
 
+  // Threads share a layer's rows where it has fewer panels than threads, or where each would otherwise gather all of A
+  // and that is more than all of the weights.
+  bool splits_rows(const Stage& st, int rows, int threads) const {
+    if (st.m || rows < threads) return false;
+    const int64_t gathered = int64_t{images_} * rows * st.out_w * st.gather_pitch;
+    return panels(st) < threads || (st.gather && st.in_place && gathered > panels(st) * st.pack.panel_bytes);
+  }
+
   // scale and shift, padded with zeros to whole panels of each group
   void pad_vectors() {
-    int64_t total = 0;
+    const int in_channels = block_.layers[0].shape.c, in_padded = round_up(in_channels, kernels_.panel);
+    int64_t total = block_.in_scale ? 2 * in_padded : 0;
     auto size = [&](const Stage& st) { return int64_t{panels(st)} * kernels_.panel; };
     for (int l = 0; l < chain_.count; ++l) total += 2 * size(chain_.stages[l]);
     if (block_.has_projection) total += 2 * size(chain_.projection);
     auto* p = static_cast<float*>(workspace(Slot::kVectors, static_cast<size_t>(total) * 4));
-    auto pad = [&](const Stage& st, const float* v) {
-      const ConvShape& s = st.layer->shape;
-      const int k = s.k / s.groups, padded = st.pack.panels * kernels_.panel;
+    auto pad = [&](const float* v, float otherwise, int groups, int k, int padded) {
       float* const first = p;
-      for (int g = 0; g < s.groups; ++g, p += padded) {
-        std::memcpy(p, v + g * k, static_cast<size_t>(k) * 4);
-        std::memset(p + k, 0, static_cast<size_t>(padded - k) * 4);
+      for (int g = 0; g < groups; ++g, p += padded) {
+        v ? std::copy_n(v + g * k, k, p) : std::fill_n(p, k, otherwise);
+        std::fill_n(p + k, padded - k, 0.0f);
       }
       return first;
     };
     auto add = [&](int l, const Stage& st) {
-      vectors_[l].scale = pad(st, st.layer->scale);
-      vectors_[l].shift = pad(st, st.layer->shift);
+      const ConvShape& s = st.layer->shape;
+      const int k = s.k / s.groups, padded = st.pack.panels * kernels_.panel;
+      vectors_[l].scale = pad(st.layer->scale, 1, s.groups, k, padded);
+      vectors_[l].shift = pad(st.layer->shift, 0, s.groups, k, padded);
     };
     for (int l = 0; l < chain_.count; ++l) add(l, chain_.stages[l]);
     if (block_.has_projection) add(kProjection, chain_.projection);
+    if (block_.in_scale) {
+      input_.scale = pad(block_.in_scale, 1, 1, in_channels, in_padded);
+      input_.shift = pad(block_.in_shift, 0, 1, in_channels, in_padded);
+    }
   }
 
   // The padding columns of every row of every level; the layers write only what lies between.
@@ -384,9 +412,10 @@ class Unit {
   }
   // What comes behind the rows in use: the next step's, or the next unit's.
   void set_ahead() {
-    const int64_t row = int64_t{block_.w} * block_.layers[0].shape.c * element_size(block_.dtype);
-    const int64_t used = images_ > 1 ? int64_t{images_} * block_.h : hi_[0];
-    const int64_t all = (int64_t{block_.n} - image_) * block_.h;  // rows of x from this unit on
+    const int h = chain_.stages[0].in_h;
+    const int64_t row = int64_t{block_.w} * chain_.input_step() * chain_.x_pixel;
+    const int64_t used = images_ > 1 ? int64_t{images_} * h : hi_[0];
+    const int64_t all = (int64_t{block_.n} - image_) * h;  // rows of x from this unit on
     const int64_t next =
         std::clamp<int64_t>(images_ > 1 ? used : hi_[0] - std::max(0, lo_[0]), 0, std::max<int64_t>(0, all - used));
     ahead_ = x_ + used * row;
@@ -400,26 +429,37 @@ class Unit {
   void fill_input(int image_begin, int image_end) {
     const Stage& st = chain_.stages[0];
     const ConvShape& s = st.layer->shape;
-    const bool narrow = block_.dtype == DType::kBf16;
-    const int64_t pixel = int64_t{s.c} * element_size(block_.dtype);
+    const bool dense = chain_.x_pixel == int64_t{s.c} * element_size(block_.dtype);
     for (int i = image_begin; i < image_end; ++i)
       for (int r = have_[0]; r < hi_[0]; ++r) {
         char* d = level_row(0, i, r) + s.pad_w * st.pitch;
-        const char* src = x_ + (int64_t{i} * st.in_h + r) * st.in_w * pixel;
-        if (st.merged) {
-          copy_channels(src, d, narrow, st.pack.bf16, int64_t{s.c} * st.in_w, 0);
-        } else {
-          for (int x = 0; x < st.in_w; ++x)
-            copy_channels(src + x * pixel, d + x * st.pitch, narrow, st.pack.bf16, s.c,
-                          std::max<int64_t>(0, st.pitch - kLine));
-        }
+        const char* src = x_ + (int64_t{i} * st.in_h + r) * st.in_w * chain_.x_pixel;
+        if (st.merged && dense && !block_.in_scale)
+          copy_channels(src, d, st.pack.bf16, int64_t{s.c} * st.in_w, 0);
+        else
+          copy_pixels(src, nullptr, st.in_w, d, st.pitch, st.pack.bf16,
+                      st.merged ? 0 : std::max<int64_t>(0, st.pitch - kLine));
       }
   }
 
+  // Pixels of x as the convolutions read them: through the prologue, in the type that the products take, zeros behind
+  // the channels up to `bytes`. `pixels`: indices from `src`; null: 0, 1, 2, ...
+  void copy_pixels(const char* src, const int32_t* pixels, int count, char* d, int64_t pitch, bool to_bf16,
+                   int64_t bytes) const {
+    const int channels = block_.layers[0].shape.c;
+    if (!block_.in_scale) {
+      for (int i = 0; i < count; ++i)
+        copy_channels(src + (pixels ? pixels[i] : i) * chain_.x_pixel, d + i * pitch, to_bf16, channels, bytes);
+      return;
+    }
+    kernels_.prologue({src, chain_.x_pixel, pixels, count, block_.average ? block_.w * chain_.x_pixel : 0, channels,
+                       input_.scale, input_.shift, d, pitch, bytes, block_.dtype == DType::kBf16, to_bf16});
+  }
+
   // `channels` elements, then zeros up to `bytes`.
-  void copy_channels(const char* src, char* d, bool from_bf16, bool to_bf16, int64_t channels, int64_t bytes) const {
+  void copy_channels(const char* src, char* d, bool to_bf16, int64_t channels, int64_t bytes) const {
     int64_t written = channels * (to_bf16 ? 2 : 4);
-    if (from_bf16 && !to_bf16)
+    if (block_.dtype == DType::kBf16 && !to_bf16)
       kernels_.bf16_to_f32(reinterpret_cast<const uint16_t*>(src), reinterpret_cast<float*>(d), channels);
     else
       std::memcpy(d, src, static_cast<size_t>(written));
@@ -455,11 +495,12 @@ class Unit {
     if (block_.pool.kernel)
       return {reinterpret_cast<char*>(pool_),           chain_.pool_pitch, false, false, st.out_w,
               int64_t{chain_.pool_capacity} * st.out_w, lo_[l + 1],        0,     true};
-    const int64_t element = element_size(block_.dtype), pitch = st.layer->shape.k * element;
+    const int64_t element = element_size(block_.dtype), pitch = chain_.out_pixel;
     // Past the caches: a plain store would first read the line, and push out what the next step needs. 2-17% faster on
     // every block of ResNet-50, at batch 1 and 16.
-    const bool stream = pitch % kLine == 0 && kernels_.panel * element % kLine == 0 &&
-                        reinterpret_cast<uintptr_t>(block_.out) % kLine == 0;
+    const int64_t group = st.layer->shape.k / st.layer->shape.groups * element;  // where the next one starts
+    const bool stream = !block_.reread && pitch % kLine == 0 && group % kLine == 0 &&
+                        kernels_.panel * element % kLine == 0 && reinterpret_cast<uintptr_t>(block_.out) % kLine == 0;
     return {out_, pitch, block_.dtype == DType::kBf16, stream, st.out_w, int64_t{st.out_h} * st.out_w, 0, 0, false};
   }
 
@@ -480,8 +521,8 @@ class Unit {
             used
                 ? static_cast<int32_t>(out.image * image + int64_t{yy - out.origin_row} * out.columns + out.origin + xx)
                 : -1;
-        t.src[i] =
-            used ? static_cast<int32_t>((int64_t{image} * st.in_h + yy * s.stride_h) * st.in_w + xx * s.stride_w) : 0;
+        const int64_t row = int64_t{image} * block_.h + int64_t{yy} * s.stride_h * chain_.input_step();
+        t.src[i] = used ? static_cast<int32_t>(row * block_.w + int64_t{xx} * s.stride_w * chain_.input_step()) : 0;
       }
     };
     if (st.in_place) {
@@ -562,9 +603,7 @@ class Unit {
     const ConvShape& s = st.layer->shape;
     const int64_t bytes = int64_t{st.pack.words} * 4;
     if (st.in_place) {
-      const int64_t pixel = int64_t{s.c} * element_size(block_.dtype);
-      for (int i = 0; i < sub; ++i, d += st.gather_pitch)
-        copy_channels(x_ + tile.src[i] * pixel, d, block_.dtype == DType::kBf16, st.pack.bf16, s.c, bytes);
+      copy_pixels(x_, tile.src, sub, d, st.gather_pitch, st.pack.bf16, bytes);
       return;
     }
     const int runs = st.merged ? 1 : s.s;  // contiguous parts of a kernel row
@@ -584,21 +623,28 @@ class Unit {
 
   static const char* weights(const Stage& st) { return reinterpret_cast<const char*>(st.layer->packed + 1); }
 
-  void layer(int l, int panel_begin, int panel_end) {
+  // What is added to a layer's output, pixel for pixel; null: nothing.
+  struct Shortcut {
+    const char* base = nullptr;
+    int64_t pitch = 0;
+  };
+
+  // Panels [panel_begin, panel_end) of the rows [from, to) of a layer's output.
+  void layer(int l, int panel_begin, int panel_end, int from, int to) {
     const Stage& st = chain_.stages[l];
-    const int from = have_[l + 1], to = hi_[l + 1];
     if (from >= to) return;
-    Output out = output_of(l);
-    const char* shortcut = nullptr;
+    const Output out = output_of(l);
+    Shortcut shortcut;
     if (st.last && residual_) {
-      shortcut = residual_;
+      shortcut = {residual_, chain_.residual_pixel};
     } else if (st.last && block_.has_projection) {
-      // Addressed as the output is, but in L2: only the rows of this step.
+      // Addressed as the output is, but dense and in L2: only the rows of this step.
       Output rows = out;
-      rows.base = projected_ - int64_t{from} * out.columns * out.pitch;
+      rows.pitch = int64_t{st.layer->shape.k} * element_size(block_.dtype);
+      rows.base = projected_ - int64_t{have_[l + 1]} * out.columns * rows.pitch;
       rows.stream = false;
-      direct(kProjection, chain_.projection, rows, nullptr, from, to, panel_begin, panel_end);
-      shortcut = rows.base;
+      direct(kProjection, chain_.projection, rows, {}, from, to, panel_begin, panel_end);
+      shortcut = {rows.base, rows.pitch};
     }
     if (st.m)
       winograd_multiply(l, out, shortcut, from, to, panel_begin, panel_end);
@@ -606,7 +652,7 @@ class Unit {
       direct(l, st, out, shortcut, from, to, panel_begin, panel_end);
   }
 
-  EpilogueArgs epilogue_args(int l, const Stage& st, const Output& out, const char* shortcut, int panel) const {
+  EpilogueArgs epilogue_args(int l, const Stage& st, const Output& out, const Shortcut& shortcut, int panel) const {
     const ConvShape& s = st.layer->shape;
     const int k = s.k / s.groups, group = panel / st.pack.panels, column = panel % st.pack.panels * kernels_.panel;
     const int64_t offset = (int64_t{group} * k + column) * (out.bf16 ? 2 : 4);
@@ -619,14 +665,14 @@ class Unit {
     e.out_pitch = out.pitch;
     e.bf16_out = out.bf16;
     e.stream = out.stream && e.columns == kernels_.panel;
-    e.residual = shortcut ? shortcut + offset : nullptr;
-    e.residual_pitch = out.pitch;
+    e.residual = shortcut.base ? shortcut.base + offset : nullptr;
+    e.residual_pitch = shortcut.pitch;
     e.bf16_residual = out.bf16;
     return e;
   }
 
   // A layer as an implicit GEMM: tiles of pixels by panels of output channels. `l`: its level and vectors.
-  void direct(int l, const Stage& st, const Output& out, const char* shortcut, int from, int to, int panel_begin,
+  void direct(int l, const Stage& st, const Output& out, const Shortcut& shortcut, int from, int to, int panel_begin,
               int panel_end) {
     static thread_local std::vector<SubTile> tiles;
     static thread_local std::vector<Tap> taps, some;
@@ -806,7 +852,7 @@ class Unit {
         }
   }
 
-  void winograd_multiply(int l, const Output& out, const char* shortcut, int from, int to, int panel_begin,
+  void winograd_multiply(int l, const Output& out, const Shortcut& shortcut, int from, int to, int panel_begin,
                          int panel_end) {
     const Stage& st = chain_.stages[l];
     const Grid g = grid(st, to - from);
@@ -877,7 +923,6 @@ class Unit {
     const Pool& pool = block_.pool;
     const int channels = chain_.stages[chain_.count - 1].layer->shape.k;
     const int h = chain_.final_h, w = chain_.final_w, out_h = chain_.out_h, out_w = chain_.out_w;
-    const int64_t element = element_size(block_.dtype);
     for (int image = 0; image < images_; ++image)
       for (int y = y0; y < y1; ++y)
         for (int x = 0; x < out_w; ++x) {
@@ -888,7 +933,7 @@ class Unit {
               window.push_back(pool_ + ((int64_t{image} * chain_.pool_capacity + r - lo_[chain_.count]) * w + q) *
                                            chain_.pool_pitch / 4);
           kernels_.max_rows(window.data(), static_cast<int>(window.size()), channels,
-                            out_ + ((int64_t{image} * out_h + y) * out_w + x) * channels * element,
+                            out_ + ((int64_t{image} * out_h + y) * out_w + x) * chain_.out_pixel,
                             block_.dtype == DType::kBf16);
         }
   }
@@ -962,6 +1007,28 @@ void check_pack(const Kernels& kernels, const Block& b, const Layer& layer, cons
                                 std::to_string(s.s) + "]");
 }
 
+// Unit by unit, each through all of the chains; several have the same images per unit, and one band.
+void run_chains(const Chain* first, const Chain* last, const Parallel& parallel) {
+  const Schedule& p = first->plan;
+  const int n = first->block.n, out_h = first->out_h;
+  if (p.split_channels) {
+    Unit(*first, 0, n, 0, out_h).run_split(parallel);
+    return;
+  }
+  const int band = static_cast<int>(ceil_div(out_h, p.bands));
+  auto units = [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) {
+      const int image = static_cast<int>(u / p.bands) * p.images, y = static_cast<int>(u % p.bands) * band;
+      const int images = std::min(p.images, n - image), bottom = p.bands == 1 ? INT_MAX : y + band;
+      for (const Chain* c = first; c != last; ++c)
+        if (y < c->out_h) Unit(*c, image, images, y, std::min(c->out_h, bottom)).run();
+    }
+  };
+  parallel.run(
+      ceil_div(n, p.images) * p.bands, [](int64_t a, int64_t b, void* f) { (*static_cast<decltype(units)*>(f))(a, b); },
+      &units);
+}
+
 }  // namespace
 
 Schedule schedule(const Kernels& kernels, const Block& block, int threads) {
@@ -971,27 +1038,25 @@ Schedule schedule(const Kernels& kernels, const Block& block, int threads) {
 }
 
 void run_block(const Kernels& kernels, const Block& block, const Parallel& parallel) {
-  for (int l = 0; l < block.layer_count; ++l) check_pack(kernels, block, block.layers[l], "weight");
-  if (block.has_projection) check_pack(kernels, block, block.projection, "projection");
-  Chain chain(kernels, block);
-  if (block.n == 0 || chain.final_h <= 0 || chain.final_w <= 0) return;
-  chain.fit(choose_schedule(chain, parallel.threads));
-  const int out_h = chain.out_h;
-  const Schedule& p = chain.plan;
-  if (p.split_channels) {
-    Unit(chain, 0, block.n, 0, out_h).run_split(parallel);
-    return;
+  run_sequence(kernels, {block}, parallel);
+}
+
+void run_sequence(const Kernels& kernels, const std::vector<Block>& blocks, const Parallel& parallel) {
+  std::vector<Chain> chains;
+  chains.reserve(blocks.size());
+  for (const Block& b : blocks) {
+    for (int l = 0; l < b.layer_count; ++l) check_pack(kernels, b, b.layers[l], "weight");
+    if (b.has_projection) check_pack(kernels, b, b.projection, "projection");
+    Chain& chain = chains.emplace_back(kernels, b);
+    if (b.n == 0 || chain.final_h <= 0 || chain.final_w <= 0) return;
+    chain.fit(choose_schedule(chain, parallel.threads));
   }
-  const int band = static_cast<int>(ceil_div(out_h, p.bands));
-  auto units = [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) {
-      const int image = static_cast<int>(u / p.bands) * p.images, y = static_cast<int>(u % p.bands) * band;
-      if (y < out_h) Unit(chain, image, std::min(p.images, block.n - image), y, std::min(out_h, y + band)).run();
-    }
-  };
-  parallel.run(
-      ceil_div(block.n, p.images) * p.bands,
-      [](int64_t a, int64_t b, void* f) { (*static_cast<decltype(units)*>(f))(a, b); }, &units);
+  const bool by_image = std::all_of(chains.begin(), chains.end(), [&](const Chain& chain) {
+    const Schedule& p = chain.plan;
+    return p.bands == 1 && !p.split_channels && p.images == chains[0].plan.images;
+  });
+  const size_t together = by_image ? chains.size() : 1;
+  for (size_t i = 0; i < chains.size(); i += together) run_chains(&chains[i], &chains[i] + together, parallel);
 }
 
 }  // namespace resnet_fused::cpu

@@ -15,6 +15,7 @@ struct Rates {
 constexpr Rates kRates[kIsaCount] = {{13e9, 13e9}, {55e9, 55e9}, {110e9, 110e9}, {110e9, 220e9}, {110e9, 900e9}};
 constexpr double kBandwidth = 8e9;  // bytes/s of a thread between L2 and what lies behind it
 constexpr double kInCache = 30e9;   // bytes/s of Winograd's transforms, through L2
+constexpr double kPrologue = 8e9;   // elements/s of a prologue
 constexpr double kLaunch = 4e-6;    // of one parallel region
 constexpr double kOwnEfficiency = 0.88, kVendorEfficiency = 0.85;  // share of the peak outside memory traffic
 
@@ -35,8 +36,8 @@ struct Geometry {
 };
 Geometry geometry(const Block& b) {
   Geometry g{};
-  g.h[0] = b.h;
-  g.w[0] = b.w;
+  g.h[0] = b.average ? b.h / 2 : b.h;
+  g.w[0] = b.average ? b.w / 2 : b.w;
   for (int l = 0; l < b.layer_count; ++l) {
     g.h[l + 1] = b.layers[l].shape.out_h(g.h[l]);
     g.w[l + 1] = b.layers[l].shape.out_w(g.w[l]);
@@ -86,15 +87,21 @@ Cost block_cost(const Kernels& kernels, const Block& b, int threads) {
       const ConvShape& next = b.layers[l + 1].shape;
       layer *= 1.0 + double((next.r - 1) * next.dil_h) * (p.bands - 1) / std::max(1, g.h[l + 1]);
     }
+    // without Winograd, threads share rows where there are too few channels for all
+    const int panels = pack_shape(kernels, b.layers[l].shape, b.dtype, b.layers[l].algorithm).panels;
+    if (p.split_channels && winograd_m(b.layers[l].algorithm) && panels < threads)
+      layer *= static_cast<double>(threads) / panels;
     seconds += layer;
   }
+  if (b.in_scale)
+    seconds += static_cast<double>(g.in_pixels) * b.layers[0].shape.c * (b.has_projection ? 2 : 1) / kPrologue;
   if (b.has_projection) {
     const int l = b.layer_count;
     c.flops += conv_flops(b.projection.shape, int64_t{b.n} * g.h[l] * g.w[l]);
     seconds += layer_seconds(kernels, b.dtype, b.projection, b.n, g.h[l], g.w[l]);
   }
   c.bytes = g.in_bytes + g.out_bytes + (b.residual && b.residual != b.x ? g.out_bytes : 0);
-  seconds += c.bytes / kBandwidth;
+  seconds += c.bytes / (b.reread ? kInCache : kBandwidth);
   const int64_t units = p.split_channels ? threads : (b.n + p.images - 1) / p.images * p.bands;
   const double share = padded(units, threads) / std::max<int64_t>(1, units);  // the slowest thread's
   c.seconds = seconds * share / threads + kLaunch * (p.split_channels ? b.layer_count : 1);
@@ -124,6 +131,10 @@ Cost vendor_cost(const Block& b, int threads) {
   };
   for (int l = 0; l < b.layer_count; ++l)
     add(b.layers[l].shape, int64_t{b.n} * g.h[l] * g.w[l], int64_t{b.n} * g.h[l + 1] * g.w[l + 1]);
+  if (b.in_scale) {  // scale and shift, ReLU and average one by one
+    bytes += 4 * g.in_bytes + (b.average ? 1.25 * g.in_bytes : 0);
+    c.seconds += (b.average ? 3 : 2) * kLaunch;
+  }
   const int64_t last = int64_t{b.n} * g.h[b.layer_count] * g.w[b.layer_count];
   if (b.has_projection) add(b.projection.shape, g.in_pixels, last);
   if (b.has_projection || b.residual)
@@ -135,6 +146,39 @@ Cost vendor_cost(const Block& b, int threads) {
   c.bytes = bytes;
   c.seconds += (seconds + bytes / kBandwidth) / threads;
   c.note = "one kernel a layer";
+  return c;
+}
+
+namespace {
+
+// The layers' costs, one after the other.
+template <class F>
+Cost dense_sum(const DenseShape& s, F cost_of_layer) {
+  Cost sum{};
+  const double pixels = static_cast<double>(s.n) * s.h * s.w, element = static_cast<double>(element_size(s.dtype));
+  for (int i = 0; i < s.count; ++i) {
+    const Cost c = cost_of_layer(dense_layer(s, i, nullptr));
+    sum.seconds += c.seconds;
+    sum.flops += c.flops;
+    sum.workspace_bytes = std::max(sum.workspace_bytes, c.workspace_bytes);
+    sum.note = c.note;
+  }
+  sum.bytes = pixels * element * (s.c + s.channels(s.count));  // x and the buffer
+  return sum;
+}
+
+}  // namespace
+
+Cost dense_cost(const Kernels& kernels, const DenseShape& s, int threads) {
+  Cost c = dense_sum(s, [&](const Block& b) { return block_cost(kernels, b, threads); });
+  c.seconds += c.bytes / kBandwidth / threads;
+  return c;
+}
+
+Cost vendor_dense_cost(const DenseShape& s, int threads) {
+  Cost c = dense_sum(s, [&](const Block& b) { return vendor_cost(b, threads); });
+  const double written = static_cast<double>(s.n) * s.h * s.w * s.growth * s.count * element_size(s.dtype);
+  c.seconds += (c.bytes + 2 * written) / kBandwidth / threads;  // each output is copied into the buffer
   return c;
 }
 

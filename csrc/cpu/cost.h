@@ -19,5 +19,7 @@ struct Cost {
 RF_EXPORT Cost block_cost(const Kernels&, const Block&, int threads);
 // The same block as a chain of oneDNN's convolutions, each fused with scale, shift, residual and ReLU.
 RF_EXPORT Cost vendor_cost(const Block&, int threads);
+RF_EXPORT Cost dense_cost(const Kernels&, const DenseShape&, int threads);
+RF_EXPORT Cost vendor_dense_cost(const DenseShape&, int threads);
 
 }  // namespace resnet_fused::cpu

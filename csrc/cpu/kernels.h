@@ -61,6 +61,23 @@ struct EpilogueArgs {
   bool stream;  // non-temporal stores: out is 64-byte aligned and takes whole cache lines
 };
 
+// out[i] = relu(x[pixels[i]] * scale + shift), rounded to x's type, for every row i; or the average of that over 2x2
+// pixels.
+struct PrologueArgs {
+  const char* x;
+  ptrdiff_t pitch;        // bytes between pixels of x
+  const int32_t* pixels;  // of each row; null: 0, 1, 2, ...
+  int rows;
+  ptrdiff_t below;  // bytes to the pixel below, where 2x2 are averaged; else 0
+  int channels;
+  const float* scale;  // [channels], padded to whole panels
+  const float* shift;
+  char* out;
+  ptrdiff_t out_pitch;
+  ptrdiff_t bytes;  // of a row of out: zeros behind the channels
+  bool bf16_in, bf16_out;
+};
+
 // Winograd F(m x m, 3x3): a tile of (m+2)^2 pixels becomes (m+2)^2 frequencies, and frequencies become m^2 pixels.
 struct WinogradIn {
   const float* src;      // the tile's first pixel, channel 0
@@ -89,6 +106,7 @@ struct Kernels {
   void (*begin)();  // per thread, before and after a run of gemm_bf16 calls (AMX tile configuration)
   void (*end)();
   void (*epilogue)(const EpilogueArgs&);
+  void (*prologue)(const PrologueArgs&);
   void (*winograd_in[2])(const WinogradIn&);  // F(2x2), F(4x4)
   void (*winograd_out[2])(const WinogradOut&);
   // max over `count` rows (each a pointer to `channels` floats); NaN wins, as in torch

@@ -280,6 +280,63 @@ void epilogue(const EpilogueArgs& e) {
   }
 }
 
+// ---- prologue --------------------------------------------------------------------------------------------------
+// `count` elements as float32, zeros behind them; whole vectors where kWhole.
+template <bool kBf16, bool kWhole>
+RF_INLINE Vec load_part(const char* p, int count) {
+  constexpr int kElement = kBf16 ? 2 : 4;
+  char part[kLanes * kElement] = {};
+  if (!kWhole) p = static_cast<const char*>(std::memcpy(part, p, static_cast<size_t>(count) * kElement));
+  return kBf16 ? load_bf16(reinterpret_cast<const uint16_t*>(p)) : load(reinterpret_cast<const float*>(p));
+}
+
+template <bool kBf16In, bool kBf16Out, bool kAverage, bool kWhole>
+RF_INLINE void prologue_vector(const PrologueArgs& p, const char* x, char* out, int channel, int count) {
+  const Vec scale = load(p.scale + channel), shift = load(p.shift + channel);
+  auto activated = [&](const char* from) __attribute__((always_inline)) {
+    return relu(fma(load_part<kBf16In, kWhole>(from, count), scale, shift));
+  };
+  Vec y = activated(x);
+  if (kAverage) {
+    const char* const below = x + p.below;
+    y = ((y + activated(x + p.pitch)) + (activated(below) + activated(below + p.pitch))) * splat(0.25f);
+  }
+  if (kBf16In) y = widen(to_bf16(y));
+  char part[kLanes * 4];
+  char* const d = kWhole ? out : part;
+  if (kBf16Out)
+    store_bf16(reinterpret_cast<uint16_t*>(d), y);
+  else
+    store(reinterpret_cast<float*>(d), y);
+  if (!kWhole) std::memcpy(out, part, static_cast<size_t>(count) * (kBf16Out ? 2 : 4));
+}
+
+template <bool kBf16In, bool kBf16Out, bool kAverage>
+void prologue_rows(const PrologueArgs& p) {
+  constexpr int kIn = kBf16In ? 2 : 4, kOut = kBf16Out ? 2 : 4;
+  const ptrdiff_t written = ptrdiff_t{p.channels} * kOut;
+  for (int i = 0; i < p.rows; ++i) {
+    const char* const x = p.x + (p.pixels ? p.pixels[i] : i) * p.pitch;
+    char* const out = p.out + i * p.out_pitch;
+    int v = 0;
+    for (; v + kLanes <= p.channels; v += kLanes)
+      prologue_vector<kBf16In, kBf16Out, kAverage, true>(p, x + v * kIn, out + v * kOut, v, kLanes);
+    if (v < p.channels)
+      prologue_vector<kBf16In, kBf16Out, kAverage, false>(p, x + v * kIn, out + v * kOut, v, p.channels - v);
+    if (written < p.bytes) std::memset(out + written, 0, static_cast<size_t>(p.bytes - written));
+  }
+}
+
+template <bool kAverage>
+void prologue_typed(const PrologueArgs& p) {
+  if (!p.bf16_in)
+    prologue_rows<false, false, kAverage>(p);
+  else
+    p.bf16_out ? prologue_rows<true, true, kAverage>(p) : prologue_rows<true, false, kAverage>(p);
+}
+
+void prologue(const PrologueArgs& p) { p.below ? prologue_typed<true>(p) : prologue_typed<false>(p); }
+
 // ---- Winograd --------------------------------------------------------------------------------------------------
 // Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015 (F(2x2, 3x3): points 0, 1, -1, inf).
 // F(4x4, 3x3) takes the points 0, 1, -1, 2, -1/2, inf: a third of the error of the usual 0, 1, -1, 2, -2, inf
@@ -440,6 +497,7 @@ constexpr Kernels make_table() {
   k.begin = k.end = nothing;
 #endif
   k.epilogue = epilogue;
+  k.prologue = prologue;
   k.winograd_in[0] = winograd_in<2>;
   k.winograd_in[1] = winograd_in<4>;
   k.winograd_out[0] = winograd_out<2>;

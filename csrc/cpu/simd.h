@@ -39,28 +39,37 @@ RF_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// Comparison against zero keeps a NaN, as torch's ReLU does.
-RF_INLINE Vec relu(Vec v) { return v < Vec{} ? Vec{} : v; }
-
-RF_INLINE Vec load_bf16(const uint16_t* p) {
-  VecU bits = __builtin_convertvector(static_cast<VecH>(*reinterpret_cast<const VecHUnaligned*>(p)), VecU) << 16;
-  return reinterpret_cast<Vec>(bits);
+// Keeps a NaN, as torch's ReLU does: of an unordered pair the instructions return the second operand.
+RF_INLINE Vec relu(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(0xffff, Vec{}, v);  // _mm512_max_ps: GCC 12 warns of its header
+#elif defined(__AVX2__)
+  return _mm256_max_ps(Vec{}, v);
+#else
+  return v < Vec{} ? Vec{} : v;
+#endif
 }
 
+RF_INLINE Vec widen(VecH v) {
+  VecU bits = __builtin_convertvector(v, VecU) << 16;
+  return reinterpret_cast<Vec>(bits);
+}
+RF_INLINE Vec load_bf16(const uint16_t* p) { return widen(*reinterpret_cast<const VecHUnaligned*>(p)); }
+
 // Round to nearest even; a NaN stays a NaN (the plain addition could carry it into infinity).
-RF_INLINE void store_bf16(uint16_t* p, Vec v) {
+RF_INLINE VecH to_bf16(Vec v) {
 #if defined(__AVX512BF16__)
-  __m256bh half = _mm512_cvtneps_pbh(v);
-  std::memcpy(p, &half, sizeof(half));
+  return reinterpret_cast<VecH>(_mm512_cvtneps_pbh(v));
 #else
   VecU bits = reinterpret_cast<VecU>(v);
   VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   VecU quiet = (bits >> 16) | 0x40u;
   VecI is_nan = v != v;
   VecU chosen = is_nan ? quiet : rounded;
-  *reinterpret_cast<VecHUnaligned*>(p) = __builtin_convertvector(chosen, VecH);
+  return __builtin_convertvector(chosen, VecH);
 #endif
 }
+RF_INLINE void store_bf16(uint16_t* p, Vec v) { *reinterpret_cast<VecHUnaligned*>(p) = to_bf16(v); }
 
 RF_INLINE void stream(float* p, Vec v) {
 #if defined(__AVX512F__)

@@ -40,3 +40,26 @@ def nchw(x: Tensor) -> Tensor:
     if x.stride() == strides:
         return x
     return x.contiguous().as_strided(x.shape, strides)
+
+
+def pixel_pitch(x: Tensor) -> int | None:
+    """Elements from one pixel to the next if `x` is NHWC in memory, dense or a slice of its channels; else None.
+
+    That is strides (H * W * pitch, 1, W * pitch, pitch) with pitch >= C; sizes of 1 leave their strides free.
+    """
+    n, c, h, w = x.shape
+    sn, sc, sh, sw = x.stride()
+    pitch = sw if w > 1 else sh if h > 1 else sn if n > 1 else c
+    fits = (
+        (c == 1 or sc == 1)
+        and pitch >= c
+        and (w == 1 or sw == pitch)
+        and (h == 1 or sh == w * pitch)
+        and (n == 1 or sn == h * w * pitch)
+    )
+    return pitch if fits else None
+
+
+def nhwc_slice(x: Tensor) -> Tensor:
+    """`x` itself if it is NHWC in memory, dense or a slice of its channels (see `pixel_pitch`), else a dense copy."""
+    return x if pixel_pitch(x) is not None else nhwc(x)

@@ -84,6 +84,8 @@ struct Case {
   std::vector<ConvShape> projection;  // none or one
   bool residual = false, relu = true;
   Pool pool{};
+  bool prologue = false, average = false;
+  int slice = 0;  // x, residual and output are slices of images with that many more channels on one side or both
 };
 
 enum class Values { kReal, kInteger, kNaN };  // kNaN: real, and one NaN in x
@@ -97,36 +99,18 @@ bool takes_winograd(const ConvShape& s) {
   return s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dil_h == 1 && s.dil_w == 1 && s.groups == 1;
 }
 
-// Inputs and expected outputs of a case, rounded to the dtype.
+// Inputs and expected outputs, rounded to the dtype.
 struct Problem {
-  const Case& shape;
   DType dtype;
   Values values;
   std::mt19937 random;
-  Tensor x, residual, expected;
-  std::vector<ReferenceLayer> layers;  // the projection last
+  Tensor x, expected;
 
-  Problem(const Case& c, DType dtype, Values values, unsigned seed)
-      : shape(c), dtype(dtype), values(values), random(seed) {
-    x = tensor(c.n, c.h, c.w, c.layers[0].c);
-    for (const ConvShape& s : c.layers) layers.push_back(layer(s));
-    for (const ConvShape& s : c.projection) layers.push_back(layer(s));
-    if (values == Values::kNaN && !x.data.empty()) x.data[random() % x.data.size()] = NAN;
+  Problem(DType dtype, Values values, unsigned seed) : dtype(dtype), values(values), random(seed) {}
 
-    Tensor y = x;
-    for (size_t l = 0; l < c.layers.size(); ++l) {
-      y = convolve(y, layers[l]);
-      if (l + 1 < c.layers.size()) ::relu(y);
-    }
-    const Tensor shortcut = c.projection.empty() ? Tensor() : convolve(x, layers.back());
-    if (c.residual) residual = tensor(y.n, y.h, y.w, y.c);
-    for (size_t i = 0; i < y.data.size(); ++i)
-      y.data[i] += (c.residual ? residual.data[i] : 0) + (c.projection.empty() ? 0 : shortcut.data[i]);
-    if (c.relu) ::relu(y);
-    if (c.pool.kernel) y = max_pool(y, c.pool);
-    expected = std::move(y);
+  void round(Tensor& t) const {
+    for (double& v : t.data) v = std::isnan(v) ? v : rounded(v, dtype);
   }
-
   double value() {
     if (values == Values::kInteger) return static_cast<int>(random() % 5) - 2;
     return rounded(std::uniform_real_distribution<double>(-1, 1)(random), dtype);
@@ -141,29 +125,105 @@ struct Problem {
     l.shape = s;
     const int terms = s.c / s.groups * s.r * s.s;
     l.weight.resize(static_cast<size_t>(s.k) * terms);
-    l.scale.resize(s.k);
-    l.shift.resize(s.k);
     for (double& v : l.weight) {
       v = value();
       // About three terms an output: what lies between the layers then has no more than bfloat16's eight bits.
       if (values == Values::kInteger && random() % terms >= 3) v = 0;
     }
-    for (int k = 0; k < s.k; ++k) {
-      if (values == Values::kInteger) {
-        l.scale[k] = random() % 2 ? 1 : 0.5;
-        l.shift[k] = static_cast<int>(random() % 9) - 4;
-      } else {
-        l.scale[k] = static_cast<float>((1 + value() / 2) / std::sqrt(terms));
-        l.shift[k] = static_cast<float>(value());
-      }
-    }
+    vectors(s.k, std::sqrt(terms), l.scale, l.shift);
     return l;
+  }
+  // of a convolution's output that is about `magnitude` large
+  void vectors(int channels, double magnitude, std::vector<double>& scale, std::vector<double>& shift) {
+    for (int k = 0; k < channels; ++k)
+      if (values == Values::kInteger) {
+        scale.push_back(random() % 2 ? 1 : 0.5);
+        shift.push_back(static_cast<int>(random() % 9) - 4);
+      } else {
+        scale.push_back(static_cast<float>((1 + value() / 2) / magnitude));
+        shift.push_back(static_cast<float>(value()));
+      }
+  }
+};
+
+struct BlockProblem : Problem {
+  const Case& shape;
+  Tensor residual;
+  std::vector<double> in_scale, in_shift;
+  std::vector<ReferenceLayer> layers;  // the projection last
+
+  BlockProblem(const Case& c, DType dtype, Values values, unsigned seed) : Problem(dtype, values, seed), shape(c) {
+    x = tensor(c.n, c.h, c.w, c.layers[0].c);
+    for (const ConvShape& s : c.layers) layers.push_back(layer(s));
+    for (const ConvShape& s : c.projection) layers.push_back(layer(s));
+    if (values == Values::kNaN && !x.data.empty()) x.data[random() % x.data.size()] = NAN;
+
+    Tensor y = x;
+    if (c.prologue) {
+      vectors(c.layers[0].c, 1, in_scale, in_shift);
+      y = activate(y, in_scale, in_shift);
+      if (c.average) y = average_pool(y);
+      round(y);
+    }
+    const Tensor activated = y;
+    for (size_t l = 0; l < c.layers.size(); ++l) {
+      y = convolve(y, layers[l]);
+      if (l + 1 < c.layers.size()) ::relu(y);
+    }
+    const Tensor shortcut = c.projection.empty() ? Tensor() : convolve(activated, layers.back());
+    if (c.residual) residual = tensor(y.n, y.h, y.w, y.c);
+    for (size_t i = 0; i < y.data.size(); ++i)
+      y.data[i] += (c.residual ? residual.data[i] : 0) + (c.projection.empty() ? 0 : shortcut.data[i]);
+    if (c.relu) ::relu(y);
+    if (c.pool.kernel) y = max_pool(y, c.pool);
+    expected = std::move(y);
+  }
+};
+
+struct DenseCase {
+  int n, h, w, c, growth, mid, count, slice;
+};
+
+struct DenseProblem : Problem {
+  struct DenseLayer {
+    std::vector<double> in_scale, in_shift;
+    std::vector<ReferenceLayer> layers;
+  };
+  const DenseCase& shape;
+  std::vector<DenseLayer> layers;
+
+  DenseProblem(const DenseCase& c, DType dtype, Values values, unsigned seed) : Problem(dtype, values, seed), shape(c) {
+    x = tensor(c.n, c.h, c.w, c.c);
+    expected = x;
+    for (int i = 0; i < c.count; ++i) {
+      DenseLayer& l = layers.emplace_back();
+      vectors(expected.c, 1, l.in_scale, l.in_shift);
+      Tensor y = activate(expected, l.in_scale, l.in_shift);
+      round(y);
+      if (c.mid) {
+        l.layers.push_back(layer(square_conv(expected.c, c.mid, 1, 1, 1)));
+        y = convolve(y, l.layers.back());
+        ::relu(y);
+        round(y);
+      }
+      l.layers.push_back(layer(square_conv(y.c, c.growth, 3, 1, 1)));
+      y = convolve(y, l.layers.back());
+      round(y);
+      expected = concatenate(expected, y);
+    }
   }
 };
 
 struct PackedLayer {
   Guarded packed, scale, shift;
 };
+
+Guarded vector(const std::vector<double>& values, Placement placement) {
+  Guarded g(values.size() * 4, 4, placement);
+  for (size_t i = 0; i < values.size(); ++i) g.as<float>()[i] = static_cast<float>(values[i]);
+  g.freeze();
+  return g;
+}
 
 PackedLayer packed_layer(const Kernels& kernels, const ReferenceLayer& reference, DType dtype, Placement placement,
                          Layer& layer) {
@@ -173,14 +233,9 @@ PackedLayer packed_layer(const Kernels& kernels, const ReferenceLayer& reference
   for (size_t i = 0; i < reference.weight.size(); ++i) write(weight.data(), i, dtype, reference.weight[i]);
   weight.freeze();
   PackedLayer p{Guarded(static_cast<size_t>(pack_shape(kernels, s, dtype, layer.algorithm).bytes), 64, placement),
-                Guarded(static_cast<size_t>(s.k) * 4, 4, placement),
-                Guarded(static_cast<size_t>(s.k) * 4, 4, placement)};
+                vector(reference.scale, placement), vector(reference.shift, placement)};
   pack(kernels, s, dtype, layer.algorithm, weight.data(), p.packed.data(), kThreaded);
-  for (int k = 0; k < s.k; ++k) {
-    p.scale.as<float>()[k] = static_cast<float>(reference.scale[k]);
-    p.shift.as<float>()[k] = static_cast<float>(reference.shift[k]);
-  }
-  for (const Guarded* g : {&p.packed, &p.scale, &p.shift}) g->freeze();
+  p.packed.freeze();
   layer.shape = s;
   layer.packed = p.packed.as<PackHeader>();
   layer.scale = p.scale.as<float>();
@@ -188,12 +243,43 @@ PackedLayer packed_layer(const Kernels& kernels, const ReferenceLayer& reference
   return p;
 }
 
-Guarded input(const Tensor& t, DType dtype, Placement placement) {
-  const size_t element = static_cast<size_t>(element_size(dtype));
-  Guarded g(t.data.size() * element, element, placement);
-  for (size_t i = 0; i < t.data.size(); ++i) write(g.data(), i, dtype, t.data[i]);
-  g.freeze();
-  return g;
+// An image between other channels, which hold NaN and are not to be touched. None of them lies between the image and a
+// guard page.
+struct Image {
+  Guarded memory;
+  size_t before, channels, pitch;
+  DType dtype;
+
+  Image(const Tensor& t, int slice, DType dtype, size_t alignment, Placement placement)
+      : before(placement == Placement::kAfterGuard ? 0 : static_cast<size_t>(slice)),
+        channels(static_cast<size_t>(t.c)),
+        pitch(before + channels + (placement == Placement::kBeforeGuard ? 0 : static_cast<size_t>(slice))),
+        dtype(dtype) {
+    const size_t pixels = t.c ? t.data.size() / channels : 0;
+    memory = Guarded(pixels * pitch * element(), alignment, placement);
+  }
+  size_t element() const { return static_cast<size_t>(element_size(dtype)); }
+  char* data() const { return memory.data() + before * element(); }
+  Pitch pitch_of() const { return static_cast<Pitch>(pitch); }
+  size_t place(size_t i) const { return i / channels * pitch + i % channels; }  // of the image's i-th element
+  void fill(const Tensor& t) const {
+    for (size_t i = 0; i < t.data.size(); ++i) write(data(), place(i), dtype, t.data[i]);
+  }
+  bool others_untouched() const {
+    for (size_t i = 0; i < memory.bytes(); ++i) {
+      const size_t channel = i / element() % pitch;
+      const bool own = channel >= before && channel < before + channels;
+      if (!own && static_cast<unsigned char>(memory.data()[i]) != 0xff) return false;
+    }
+    return true;
+  }
+};
+
+Image input(const Tensor& t, int slice, DType dtype, Placement placement) {
+  Image image(t, slice, dtype, static_cast<size_t>(element_size(dtype)), placement);
+  image.fill(t);
+  image.memory.freeze();
+  return image;
 }
 
 double tolerance(DType dtype, Algorithm algorithm) {
@@ -202,7 +288,8 @@ double tolerance(DType dtype, Algorithm algorithm) {
 }
 
 // What is wrong with `actual`, or an empty string.
-std::string compare(const Problem& problem, const void* actual, Algorithm algorithm) {
+std::string compare(const Problem& problem, const Image& actual, Algorithm algorithm) {
+  if (!actual.others_untouched()) return "channels beside the slice were written";
   const Tensor& expected = problem.expected;
   const bool exact = problem.values == Values::kInteger && algorithm != Algorithm::kWinograd4;
   double largest = 1e-3;
@@ -210,7 +297,7 @@ std::string compare(const Problem& problem, const void* actual, Algorithm algori
     if (!std::isnan(v)) largest = std::max(largest, std::fabs(v));
   for (size_t i = 0; i < expected.data.size(); ++i) {
     const double want = exact ? rounded(expected.data[i], problem.dtype) : expected.data[i];
-    const double got = read(actual, i, problem.dtype);
+    const double got = read(actual.data(), actual.place(i), problem.dtype);
     // Winograd spreads a NaN over its tile.
     if (problem.values == Values::kNaN && algorithm != Algorithm::kDirect && std::isnan(got)) continue;
     const bool ok = std::isnan(want) ? std::isnan(got)
@@ -229,20 +316,30 @@ std::string compare(const Problem& problem, const void* actual, Algorithm algori
 }
 
 // Runs a problem three times: to let the workspaces grow, with NaN in them, and in threads or at the same time twice.
-std::string run(const Kernels& kernels, const Problem& problem, Algorithm algorithm, Placement placement,
+std::string run(const Kernels& kernels, const BlockProblem& problem, Algorithm algorithm, Placement placement,
                 unsigned seed) {
   const Case& c = problem.shape;
   const size_t element = static_cast<size_t>(element_size(problem.dtype));
-  const Guarded x = input(problem.x, problem.dtype, placement),
-                residual = input(problem.residual, problem.dtype, placement);
+  const Image x = input(problem.x, c.slice, problem.dtype, placement),
+              residual = input(problem.residual, 2 * c.slice, problem.dtype, placement);
+  const Guarded in_scale = vector(problem.in_scale, placement), in_shift = vector(problem.in_shift, placement);
   Block block;
   block.n = c.n;
   block.h = c.h;
   block.w = c.w;
   block.dtype = problem.dtype;
   block.x = x.data();
+  block.x_pitch = x.pitch_of();
   block.pool = c.pool;
-  if (c.residual) block.residual = residual.data();
+  block.average = c.average;
+  if (c.prologue) {
+    block.in_scale = in_scale.as<float>();
+    block.in_shift = in_shift.as<float>();
+  }
+  if (c.residual) {
+    block.residual = residual.data();
+    block.residual_pitch = residual.pitch_of();
+  }
   std::vector<PackedLayer> packed;
   block.layer_count = static_cast<int>(c.layers.size());
   for (size_t l = 0; l < c.layers.size(); ++l) {
@@ -256,32 +353,78 @@ std::string run(const Kernels& kernels, const Problem& problem, Algorithm algori
     packed.push_back(packed_layer(kernels, problem.layers.back(), problem.dtype, placement, block.projection));
 
   // Aligned outputs may be written past the cache, others not: both.
-  const size_t alignment = seed % 2 ? 64 : element, bytes = problem.expected.data.size() * element;
-  auto output = [&] { return Guarded(bytes, alignment, placement); };
+  const size_t alignment = seed % 2 ? 64 : element;
+  auto output = [&] { return Image(problem.expected, c.slice, problem.dtype, alignment, placement); };
   release_memory();
-  Guarded first = output(), second = output(), third = output(), fourth = output();
-  auto run_into = [&](const Guarded& out, const Parallel& parallel) {
+  const Image first = output(), second = output(), third = output(), fourth = output();
+  const size_t bytes = first.memory.bytes();
+  auto run_into = [&](const Image& out, const Parallel& parallel) {
     Block b = block;
     b.out = out.data();
+    b.out_pitch = out.pitch_of();
+    b.reread = seed % 3 == 0;
     run_block(kernels, b, parallel);
   };
   run_into(first, kSerial);
   poison_workspaces();
   run_into(second, kSerial);
-  std::string error = compare(problem, second.data(), algorithm);
+  std::string error = compare(problem, second, algorithm);
   if (!error.empty()) return error;
-  if (std::memcmp(first.data(), second.data(), bytes)) return "two runs differ";
+  if (std::memcmp(first.memory.data(), second.memory.data(), bytes)) return "two runs differ";
   run_into(third, kThreaded);
-  error = compare(problem, third.data(), algorithm);
+  error = compare(problem, third, algorithm);
   if (!error.empty()) return "in threads: " + error;
   if (seed % 4 == 0) {
     std::thread other([&] { run_into(third, kSerial); });
     run_into(fourth, kSerial);
     other.join();
-    if (std::memcmp(first.data(), third.data(), bytes) || std::memcmp(first.data(), fourth.data(), bytes))
-      return "two at once differ";
+    for (const Image* other_run : {&third, &fourth})
+      if (std::memcmp(first.memory.data(), other_run->memory.data(), bytes)) return "two at once differ";
   }
   return "";
+}
+
+// A dense block, as `run` does a block.
+std::string run_dense(const Kernels& kernels, const DenseProblem& problem, Algorithm algorithm, Placement placement) {
+  const DenseCase& c = problem.shape;
+  DenseShape shape;
+  shape.n = c.n;
+  shape.h = c.h;
+  shape.w = c.w;
+  shape.c = c.c;
+  shape.growth = c.growth;
+  shape.mid = c.mid;
+  shape.count = c.count;
+  shape.dtype = problem.dtype;
+  shape.algorithm = algorithm;
+  const Image x = input(problem.x, c.slice, problem.dtype, placement);
+  std::vector<PackedLayer> packed;
+  std::vector<Guarded> vectors;
+  auto run_into = [&](const Image& out, const Parallel& parallel) {
+    std::vector<Block> blocks;
+    for (int i = 0; i < c.count; ++i) {
+      const auto& layer = problem.layers[static_cast<size_t>(i)];
+      Block& b = blocks.emplace_back(dense_layer(shape, i, out.data()));
+      b.in_scale = vectors.emplace_back(vector(layer.in_scale, placement)).as<float>();
+      b.in_shift = vectors.emplace_back(vector(layer.in_shift, placement)).as<float>();
+      for (int l = 0; l < b.layer_count; ++l)
+        packed.push_back(
+            packed_layer(kernels, layer.layers[static_cast<size_t>(l)], problem.dtype, placement, b.layers[l]));
+    }
+    run_dense_block(kernels, shape, x.data(), x.pitch_of(), out.data(), blocks, parallel);
+  };
+  auto output = [&] { return Image(problem.expected, 0, problem.dtype, 64, placement); };
+  release_memory();
+  const Image first = output(), second = output(), third = output();
+  run_into(first, kSerial);
+  poison_workspaces();
+  run_into(second, kSerial);
+  std::string error = compare(problem, second, algorithm);
+  if (!error.empty()) return error;
+  if (std::memcmp(first.memory.data(), second.memory.data(), first.memory.bytes())) return "two runs differ";
+  run_into(third, kThreaded);
+  error = compare(problem, third, algorithm);
+  return error.empty() ? "" : "in threads: " + error;
 }
 
 // The pool of output tensors, from several threads: a freed block comes back, and idle ones stay under the limit.
@@ -353,6 +496,26 @@ Case stem(int n, int h, int w, const ConvShape& shape, Pool pool) {
   return {"stem", n, h, w, {shape}, {}, false, true, pool};
 }
 
+// The same behind BatchNorm and ReLU; without a ReLU at the end, as in a pre-activation block.
+Case preactivated(Case c) {
+  c.name += ", pre-activated";
+  c.prologue = true;
+  c.relu = false;
+  return c;
+}
+
+Case transition(int n, int h, int w, int c, int k) {
+  Case t = preactivated(layer(n, h, w, conv(c, k, 1, 1)));
+  t.name = "transition";
+  t.average = true;
+  return t;
+}
+
+Case sliced(Case c, int slice) {
+  c.slice = slice;
+  return c;
+}
+
 std::vector<Case> fixed_cases() {
   ConvShape uneven = conv(7, 9, 3, 5, 2, 1);
   uneven.stride_w = 3;
@@ -389,10 +552,45 @@ std::vector<Case> fixed_cases() {
       stem(1, 32, 32, conv(3, 64, 7, 7, 2, 3), {3, 2, 1}),
       stem(2, 17, 23, conv(3, 20, 7, 7, 2, 3), {3, 2, 1}),
       stem(1, 9, 9, conv(1, 8, 3, 3, 1, 1), {2, 2, 0}),
+      layer(1, 6, 7, conv(80, 80, 3, 3, 1, 1, 1, 2)),  // groups that start in the middle of a cache line
+      sliced(layer(2, 7, 5, conv(64, 32, 1, 1), true), 16),
+      sliced(layer(1, 9, 8, conv(3, 64, 7, 7, 2, 3)), 1),
+      sliced(layer(1, 30, 9, conv(32, 64, 3, 3, 1, 1), true), 32),
+      sliced(layer(1, 6, 7, conv(992, 48, 1, 1)), 32),  // pixels 4 KiB apart
+      sliced(bottleneck(1, 20, 14, 64, 16, 64, 1, 1, 1), 7),
+      sliced(bottleneck(1, 14, 14, 48, 24, 96, 1, 2, 1), 16),
+      sliced(stem(1, 32, 32, conv(3, 64, 7, 7, 2, 3), {3, 2, 1}), 3),
+      preactivated(layer(1, 5, 4, conv(5, 7, 3, 3, 1, 1))),
+      preactivated(layer(2, 14, 14, conv(64, 32, 1, 1))),
+      preactivated(layer(1, 9, 14, conv(40, 24, 5, 5, 2, 2))),
+      preactivated(layer(1, 7, 7, conv(12, 24, 3, 3, 1, 1, 1, 3))),
+      preactivated(layer(1, 4, 16, conv(256, 16, 1, 1))),  // threads share the rows of one panel
+      preactivated(sliced(layer(2, 16, 16, conv(96, 128, 1, 1)), 32)),
+      preactivated(bottleneck(2, 7, 7, 64, 16, 64, 1, 1, 1)),
+      preactivated(sliced(bottleneck(1, 14, 14, 48, 24, 96, 1, 2, 1), 5)),
+      preactivated(basic_block(2, 14, 14, 16, 16, 1, 1)),
+      preactivated(basic_block(1, 13, 9, 16, 32, 2, 1)),
+      transition(2, 8, 8, 64, 32),
+      transition(1, 7, 5, 20, 10),
+      sliced(transition(3, 9, 14, 48, 24), 16),
+      transition(1, 2, 2, 8, 4),
   };
 }
 
-Case random_case(std::mt19937& random) {
+std::vector<DenseCase> dense_cases() {
+  return {
+      {1, 8, 8, 16, 8, 32, 1, 0},      //
+      {2, 7, 7, 64, 32, 128, 3, 0},    // an image, all layers, then the next
+      {5, 7, 7, 24, 12, 48, 4, 8},     // two images at a time
+      {1, 14, 14, 32, 32, 128, 2, 0},  // threads share rows
+      {1, 30, 20, 16, 12, 0, 3, 16},   // bands; without 1x1
+      {4, 3, 5, 3, 5, 7, 2, 1},        //
+      {1, 1, 1, 8, 4, 16, 2, 0},       //
+      {0, 4, 4, 8, 4, 16, 2, 0},       //
+  };
+}
+
+Case random_block(std::mt19937& random) {
   auto pick = [&](int low, int high) {
     return low + static_cast<int>(random() % static_cast<unsigned>(high - low + 1));
   };
@@ -423,6 +621,21 @@ Case random_case(std::mt19937& random) {
   }
 }
 
+Case random_case(std::mt19937& random) {
+  Case c = random_block(random);
+  if (!c.pool.kernel && random() % 3 == 0) c = preactivated(c);
+  if (c.prologue && c.layers.size() == 1 && random() % 3 == 0)
+    c = transition(c.n, c.h + 1, c.w + 1, c.layers[0].c, c.layers[0].k);
+  return random() % 3 ? c : sliced(c, 1 + static_cast<int>(random() % 32));
+}
+
+std::string describe(const DenseCase& c) {
+  char text[160];
+  std::snprintf(text, sizeof text, "dense block n=%d %dx%d c=%d growth=%d mid=%d layers=%d slice(%d)", c.n, c.h, c.w,
+                c.c, c.growth, c.mid, c.count, c.slice);
+  return text;
+}
+
 std::string describe(const Case& c) {
   std::string text = c.name + " n=" + std::to_string(c.n) + " " + std::to_string(c.h) + "x" + std::to_string(c.w);
   auto add = [&](const char* what, const ConvShape& s) {
@@ -436,6 +649,7 @@ std::string describe(const Case& c) {
   if (c.pool.kernel)
     text += " pool(" + std::to_string(c.pool.kernel) + "," + std::to_string(c.pool.stride) + "," +
             std::to_string(c.pool.pad) + ")";
+  if (c.slice) text += " slice(" + std::to_string(c.slice) + ")";
   return text + (c.residual ? " residual" : "") + (c.relu ? "" : " no-relu");
 }
 
@@ -467,35 +681,47 @@ int main(int argc, char** argv) {
     ++failures;
   }
   std::vector<int> passed(kIsaCount);
-  for (size_t i = 0; i < cases.size(); ++i)
-    for (DType dtype : {DType::kF32, DType::kBf16})
-      for (Values values : {Values::kReal, Values::kInteger, Values::kNaN}) {
-        const unsigned problem_seed = seed * 1000003 + static_cast<unsigned>(i) * 7 + static_cast<unsigned>(values);
-        const Problem problem(cases[i], dtype, values, problem_seed);
-        for (int isa = 0; isa < kIsaCount; ++isa)
-          for (Algorithm algorithm : {Algorithm::kDirect, Algorithm::kWinograd2, Algorithm::kWinograd4}) {
-            const char* isa_text = isa_name(static_cast<Isa>(isa));
-            if (!isa_runs(static_cast<Isa>(isa))) continue;
-            if (!wanted.empty() && std::find(wanted.begin(), wanted.end(), isa_text) == wanted.end()) continue;
-            const auto& layers = cases[i].layers;
-            if (algorithm != Algorithm::kDirect && std::none_of(layers.begin(), layers.end(), takes_winograd)) continue;
-            const auto placement = static_cast<Placement>((i + static_cast<size_t>(values)) % 3);
-            std::snprintf(current, sizeof current, "%s %s %s %s: %s", isa_text, name_of(algorithm),
-                          dtype == DType::kBf16 ? "bf16" : "f32", name_of(values), describe(cases[i]).c_str());
-            std::string error;
-            try {
-              error = run(kernels_of(static_cast<Isa>(isa)), problem, algorithm, placement, problem_seed);
-            } catch (const std::exception& e) {
-              error = e.what();
-            }
-            if (error.empty()) {
-              ++passed[isa];
-            } else {
-              std::printf("FAILED %s\n       %s\n", current, error.c_str());
-              ++failures;
-            }
-          }
+  // One problem on every instruction set and with every algorithm. `index` decides how buffers are placed.
+  auto check = [&](const auto& problem, const std::string& name, size_t index, bool winograd, auto run_problem) {
+    for (int isa = 0; isa < kIsaCount; ++isa)
+      for (Algorithm algorithm : {Algorithm::kDirect, Algorithm::kWinograd2, Algorithm::kWinograd4}) {
+        const char* isa_text = isa_name(static_cast<Isa>(isa));
+        if (!isa_runs(static_cast<Isa>(isa))) continue;
+        if (!wanted.empty() && std::find(wanted.begin(), wanted.end(), isa_text) == wanted.end()) continue;
+        if (algorithm != Algorithm::kDirect && !winograd) continue;
+        const auto placement = static_cast<Placement>((index + static_cast<size_t>(problem.values)) % 3);
+        std::snprintf(current, sizeof current, "%s %s %s %s: %s", isa_text, name_of(algorithm),
+                      problem.dtype == DType::kBf16 ? "bf16" : "f32", name_of(problem.values), name.c_str());
+        std::string error;
+        try {
+          error = run_problem(kernels_of(static_cast<Isa>(isa)), problem, algorithm, placement);
+        } catch (const std::exception& e) {
+          error = e.what();
+        }
+        if (error.empty()) {
+          ++passed[isa];
+        } else {
+          std::printf("FAILED %s\n       %s\n", current, error.c_str());
+          ++failures;
+        }
       }
+  };
+  const std::vector<DenseCase> dense = dense_cases();
+  for (DType dtype : {DType::kF32, DType::kBf16})
+    for (Values values : {Values::kReal, Values::kInteger, Values::kNaN}) {
+      for (size_t i = 0; i < cases.size(); ++i) {
+        const unsigned problem_seed = seed * 1000003 + static_cast<unsigned>(i) * 7 + static_cast<unsigned>(values);
+        const auto& layers = cases[i].layers;
+        check(BlockProblem(cases[i], dtype, values, problem_seed), describe(cases[i]), i,
+              std::any_of(layers.begin(), layers.end(), takes_winograd),
+              [&](const auto&... arguments) { return run(arguments..., problem_seed); });
+      }
+      for (size_t i = 0; i < dense.size(); ++i) {
+        // What lies between several layers has more than the eight bits of bfloat16.
+        if (values == Values::kInteger && dtype == DType::kBf16 && dense[i].count > 1) continue;
+        check(DenseProblem(dense[i], dtype, values, seed), describe(dense[i]), i, true, run_dense);
+      }
+    }
   for (int isa = 0; isa < kIsaCount; ++isa)
     if (passed[isa]) std::printf("%s: %d passed\n", isa_name(static_cast<Isa>(isa)), passed[isa]);
   std::printf("%d failed\n", failures);

@@ -51,6 +51,41 @@ inline Tensor convolve(const Tensor& x, const ReferenceLayer& layer) {
   return y;
 }
 
+// relu(x * scale + shift)
+inline Tensor activate(const Tensor& x, const std::vector<double>& scale, const std::vector<double>& shift) {
+  Tensor y = x;
+  for (size_t i = 0; i < y.data.size(); ++i) {
+    const size_t channel = i % static_cast<size_t>(x.c);
+    y.data[i] = y.data[i] * scale[channel] + shift[channel];
+  }
+  relu(y);
+  return y;
+}
+
+// The channels of a, then those of b.
+inline Tensor concatenate(const Tensor& a, const Tensor& b) {
+  Tensor y(a.n, a.h, a.w, a.c + b.c);
+  for (size_t pixel = 0; pixel < static_cast<size_t>(a.n) * a.h * a.w; ++pixel) {
+    const auto to = y.data.begin() + static_cast<ptrdiff_t>(pixel * y.c);
+    std::copy_n(a.data.begin() + static_cast<ptrdiff_t>(pixel * a.c), a.c, to);
+    std::copy_n(b.data.begin() + static_cast<ptrdiff_t>(pixel * b.c), b.c, to + a.c);
+  }
+  return y;
+}
+
+// Averages of 2x2 pixels.
+inline Tensor average_pool(const Tensor& x) {
+  Tensor y(x.n, x.h / 2, x.w / 2, x.c);
+  for (int i = 0; i < y.n; ++i)
+    for (int p = 0; p < y.h; ++p)
+      for (int q = 0; q < y.w; ++q)
+        for (int k = 0; k < y.c; ++k)
+          y.at(i, p, q, k) = (x.at(i, 2 * p, 2 * q, k) + x.at(i, 2 * p, 2 * q + 1, k) + x.at(i, 2 * p + 1, 2 * q, k) +
+                              x.at(i, 2 * p + 1, 2 * q + 1, k)) /
+                             4;
+  return y;
+}
+
 inline Tensor max_pool(const Tensor& x, const resnet_fused::cpu::Pool& pool) {
   Tensor y(x.n, pool.out(x.h), pool.out(x.w), x.c);
   for (int i = 0; i < y.n; ++i)
