@@ -1,8 +1,10 @@
 """Which backend and algorithm computes a layer or block, and why.
 
-The candidates are this package's kernel with each algorithm that `accuracy` allows, its layers one by one, and oneDNN's
-layer-fused chain; the native library's cost model prices them and the cheapest is taken. What neither can run (another
-dtype or device) goes to the reference.
+On a CPU the candidates are this package's kernel with each algorithm that `accuracy` allows, its layers one by one, and
+oneDNN's layer-fused chain; the native library's cost model prices them and the cheapest is taken. On a GPU they are the
+Triton and CUDA kernels, whole or layer by layer, and cuDNN's fused layers, priced by what `resnet-fused tune` measured
+on that GPU; where nothing was measured, cuDNN is taken. What none can run (another dtype or device) goes to the
+reference.
 """
 
 from __future__ import annotations
@@ -12,20 +14,27 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
 from .errors import BackendError
-from .kernels import cpu, native, vendor
+from .kernels import cpu, cuda, cudnn, native, triton, vendor
+from .kernels.precision import allow_tf32
+from .kernels.triton import tuned
 from .shapes import Conv, Shape
 
-State = tuple[int, str]
-"""Number of threads and instruction set: what a choice depends on beside the call's arguments."""
+State = tuple[int, str, bool]
+"""Number of threads, instruction set, TF32 allowed: what a choice depends on beside the call's arguments."""
+
+GPU_KERNELS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton}
 
 
-def state() -> State:
-    """The state that a call made now is planned for."""
-    return torch.get_num_threads(), native.isa()
+def state(device: torch.device) -> State:
+    """The state that a call made now on this device is planned for."""
+    if device.type == "cpu":
+        return torch.get_num_threads(), native.isa(), False
+    return 0, "none", allow_tf32(device)
 
 
 @dataclass(frozen=True)
@@ -34,11 +43,12 @@ class Choice:
 
     Attributes:
         shape: of the layer or block.
-        backend: `"cpu"`, `"vendor"` or `"reference"`.
-        algorithm: of the cpu backend `"direct"`, `"winograd2"`, `"winograd4"`, or `"layers"` for a block computed by
-            one kernel a layer; `"onednn"`; `"torch"`.
+        backend: `"cpu"`, `"triton"`, `"cuda"`, `"vendor"` or `"reference"`.
+        algorithm: of that backend: of the cpu kernels `"direct"`, `"winograd2"`, `"winograd4"`; of the GPU kernels
+            which of them; `"layers"` for a block computed by one kernel a layer; `"onednn"` or `"cudnn"`; `"torch"`.
         reason: why, in a phrase.
         seconds: (candidate, predicted seconds) of everything that was considered and could be priced, best first.
+        config: of a GPU kernel: its tile, warps and stages.
         composed: whether a block is computed layer by layer.
         empty: whether the output has no elements, so that nothing runs at all.
     """
@@ -48,6 +58,7 @@ class Choice:
     algorithm: str
     reason: str
     seconds: tuple[tuple[str, float], ...] = ()
+    config: str = ""
     composed: bool = False
     empty: bool = False
 
@@ -59,6 +70,7 @@ class _Candidate:
     composed: bool
     seconds: float | None
     note: str = ""
+    config: str = ""
 
     @property
     def name(self) -> str:
@@ -113,9 +125,29 @@ def _cpu_candidates(
     return found
 
 
-def _vendor_candidate(shape: Shape, dtype: torch.dtype, threads: int) -> _Candidate:
-    seconds = _price(shape, dtype, "vendor", threads) if native.available() else None
-    return _Candidate("vendor", "onednn", not isinstance(shape, Conv), seconds)
+def _gpu_candidates(
+    name: str, shape: Shape, dtype: torch.dtype, device: torch.device, accuracy: str, state: State
+) -> list[_Candidate]:
+    """The kernels of one GPU backend, by measured time where there is one, else in its own order of preference."""
+    measured = tuned.backend_seconds(shape, dtype, device) or {}
+    found = [
+        _Candidate(name, c.algorithm, False, measured.get(f"{name} {c.algorithm}"), config=c.config)
+        for c in GPU_KERNELS[name].candidates(shape, dtype, device)
+    ]
+    if not isinstance(shape, Conv):
+        layers = [choose(layer, dtype, device, name, accuracy, state) for layer in shape.layers()]
+        known = [layer.seconds[0][1] for layer in layers if layer.seconds]
+        found.append(_Candidate(name, "layers", True, sum(known) if len(known) == len(layers) else None))
+    return found
+
+
+def _vendor_candidate(shape: Shape, dtype: torch.dtype, device: torch.device, threads: int) -> _Candidate:
+    composed = not isinstance(shape, Conv)
+    if device.type == "cpu":
+        seconds = _price(shape, dtype, "vendor", threads) if native.available() else None
+        return _Candidate("vendor", "onednn", composed, seconds)
+    measured = tuned.backend_seconds(shape, dtype, device) or {}
+    return _Candidate("vendor", "cudnn", composed, measured.get("vendor cudnn"))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -133,36 +165,59 @@ def choose(shape: Shape, dtype: torch.dtype, device: torch.device, backend: str,
     Raises:
         BackendError: the backend asked for by name cannot run this.
     """
-    empty = 0 in shape.output_shape
+    on_cpu = device.type == "cpu"
     candidates: list[_Candidate] = []
     obstacles: dict[str, str] = {}
-    if backend in ("auto", "cpu"):
+    if backend == "cpu" or (backend == "auto" and on_cpu):
         if why := cpu.unsupported(dtype, device):
             obstacles["cpu"] = why
         else:
             candidates += _cpu_candidates(shape, dtype, device, accuracy, state)
+    for name, kernels in GPU_KERNELS.items():
+        if backend == name or (backend == "auto" and not on_cpu):
+            if why := _gpu_unsupported(kernels, shape, dtype, device):
+                obstacles[name] = why
+            else:
+                candidates += _gpu_candidates(name, shape, dtype, device, accuracy, state)
     if backend in ("auto", "vendor"):
-        why = vendor.unsupported(shape, dtype, device)
+        why = (vendor if on_cpu else cudnn).unsupported(shape, dtype, device)
         if why is None and candidates:
-            why = _vendor_inexact(shape, dtype, accuracy)
+            why = _vendor_inexact(shape, dtype, accuracy) if on_cpu else None
         if why:
             obstacles["vendor"] = why
         else:
-            candidates.append(_vendor_candidate(shape, dtype, state[0]))
+            candidates.append(_vendor_candidate(shape, dtype, device, state[0]))
     if not candidates and backend in obstacles:
         raise BackendError(f"backend={backend!r} cannot run this: {obstacles[backend]}")
     if not candidates:
         candidates.append(_Candidate("reference", "torch", not isinstance(shape, Conv), None))
+    return _best(shape, backend, candidates, obstacles)
+
+
+def _gpu_unsupported(kernels: ModuleType, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a GPU backend can run neither a kernel for the whole of it nor one for each of its layers, None if it can."""
+    why = kernels.unsupported(shape, dtype, device)
+    if why is None or isinstance(shape, Conv):
+        return why
+    return next((why for layer in shape.layers() if (why := kernels.unsupported(layer, dtype, device))), None)
+
+
+def _best(shape: Shape, backend: str, candidates: list[_Candidate], obstacles: dict[str, str]) -> Choice:
+    """The choice among the candidates: the lowest time if any is known, else the first; for `auto` on a GPU cuDNN."""
     priced = sorted((c for c in candidates if c.seconds is not None), key=lambda c: c.seconds or 0.0)
     best = priced[0] if priced else candidates[0]
     reasons = [f"{name}: {why}" for name, why in obstacles.items()]
     if backend != "auto":
         reasons.insert(0, f"backend={backend!r}")
     elif len(priced) > 1:
-        reasons.insert(0, "lowest predicted time")
+        reasons.insert(0, "lowest measured time" if best.backend in GPU_KERNELS else "lowest predicted time")
+    elif not priced and len(candidates) > 1:
+        best = candidates[-1]
+        reasons.insert(0, "nothing was measured for this shape on this GPU: `resnet-fused tune` does")
     reason = "; ".join(reasons) + best.note
     seconds = tuple((c.name, c.seconds) for c in priced if c.seconds is not None)
-    return Choice(shape, best.backend, best.algorithm, reason, seconds, best.composed, empty)
+    empty = 0 in shape.output_shape
+    return Choice(shape, best.backend, best.algorithm, reason, seconds, best.config, best.composed, empty)
 
 
 class _Recording(threading.local):

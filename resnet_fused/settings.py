@@ -4,6 +4,7 @@
 |---|---|
 | `RESNET_FUSED_BACKEND` | backend for every call left at `"auto"`, as if the program ran inside `backend(...)` |
 | `RESNET_FUSED_CPU_ISA` | instruction set of the CPU kernels; read by the native library when it loads |
+| `RESNET_FUSED_CACHE` | folder of this user's tuning files, see `cache_folder` |
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from .errors import InputError
 
-BACKENDS = ("auto", "cpu", "vendor", "reference")
+BACKENDS = ("auto", "cpu", "cuda", "triton", "vendor", "reference")
 ACCURACIES = ("strict", "fast")
 
 
@@ -42,7 +44,7 @@ def backend(name: str) -> Iterator[None]:
     Works around and inside a function under `torch.compile`. A call or module that names its backend keeps it.
 
     Args:
-        name: one of `"auto"`, `"cpu"`, `"vendor"`, `"reference"`.
+        name: one of `"auto"`, `"cpu"`, `"cuda"`, `"triton"`, `"vendor"`, `"reference"`.
 
     Raises:
         InputError: unknown name.
@@ -59,3 +61,11 @@ def backend(name: str) -> Iterator[None]:
 def resolve_backend(name: str) -> str:
     """The backend that a call asking for `name` gets: for `"auto"` that of the surrounding `backend(...)`."""
     return _state.backend if name == "auto" else name
+
+
+def cache_folder() -> Path:
+    """Where `resnet-fused tune` writes: `RESNET_FUSED_CACHE`, else `resnet_fused` in `XDG_CACHE_HOME` or `~/.cache`."""
+    own = os.environ.get("RESNET_FUSED_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fused"

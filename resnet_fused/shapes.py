@@ -14,7 +14,10 @@ def conv_out(size: int, kernel: int, stride: int, padding: int, dilation: int = 
 
 @dataclass(frozen=True)
 class Conv:
-    """One layer: convolution, scale and shift, optional residual, activation. `k` output channels, `r` x `s` taps."""
+    """One layer: convolution, scale and shift, optional residual, activation. `k` output channels, `r` x `s` taps.
+
+    With `prologue`, scale, shift and ReLU of the input come first.
+    """
 
     n: int
     c: int
@@ -28,6 +31,7 @@ class Conv:
     dilation: Pair = (1, 1)
     groups: int = 1
     residual: bool = False
+    prologue: bool = False
 
     op = "conv"
 
@@ -64,6 +68,7 @@ class Conv:
             "dil_w": self.dilation[1],
             "groups": self.groups,
             "residual": int(self.residual),
+            "prologue": int(self.prologue),
         }
 
     def layers(self) -> list[Conv]:
@@ -210,4 +215,144 @@ class Stem:
         return [Conv(self.n, self.c, self.h, self.w, self.k, self.r, self.s, stride, padding)]
 
 
-Shape = Conv | Bottleneck | BasicBlock | Stem
+@dataclass(frozen=True)
+class PreActBlock:
+    """Scale, shift and ReLU of the input, then two 3x3 or 1x1-3x3-1x1, plus the input or the projected activations.
+
+    The full pre-activation block of "Identity Mappings in Deep Residual Networks" (He et al., 2016): nothing follows
+    the addition, and a projection starts from the prologue's result.
+    """
+
+    n: int
+    c: int
+    h: int
+    w: int
+    mid: int
+    out: int
+    stride1: int = 1
+    stride2: int = 1
+    dilation: int = 1
+    groups: int = 1
+    projection: bool = False
+    bottleneck: bool = False
+    prologue: bool = True
+
+    op = "preact_block"
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(n, out, output height, output width)."""
+        return self.layers()[-1].output_shape
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of its convolutions."""
+        return sum(layer.flops for layer in self.layers())
+
+    @property
+    def winograd(self) -> bool:
+        """Whether Winograd applies to a 3x3: the middle one of a bottleneck, the second one of a basic block."""
+        return self.dilation == 1 and self.groups == 1 and self.stride2 == 1
+
+    def dims(self) -> dict[str, int]:
+        """The geometry as the cost model takes it."""
+        names = ("n", "c", "h", "w", "mid", "out", "stride1", "stride2", "dilation")
+        flags = ("projection", "bottleneck", "prologue")
+        return {name: int(getattr(self, name)) for name in (*names, *flags)}
+
+    def layers(self) -> list[Conv]:
+        """The layers it is made of, in the order they run."""
+        n, c, h, w = self.n, self.c, self.h, self.w
+        d = (self.dilation,) * 2
+        stride1, stride2 = (self.stride1,) * 2, (self.stride2,) * 2
+        if self.bottleneck:
+            first = Conv(n, c, h, w, self.mid, 1, 1, stride1, prologue=self.prologue)
+            middle = Conv(*first.output_shape, self.mid, 3, 3, stride2, d, d, self.groups)
+            path = [first, middle, Conv(*middle.output_shape, self.out, 1, 1, residual=True)]
+        else:
+            first = Conv(n, c, h, w, self.mid, 3, 3, stride1, d, d, prologue=self.prologue)
+            path = [first, Conv(*first.output_shape, self.out, 3, 3, (1, 1), d, d, residual=True)]
+        stride = self.stride1 * self.stride2
+        shortcut = (
+            [Conv(n, c, h, w, self.out, 1, 1, (stride, stride), prologue=self.prologue)] if self.projection else []
+        )
+        return [*path[:-1], *shortcut, path[-1]]
+
+
+@dataclass(frozen=True)
+class DenseBlock:
+    """Layers that each append `growth` channels to what they read: (prologue, 1x1 to `mid`, ReLU,) prologue, 3x3.
+
+    `depth` layers; `mid` is 0 where they have no 1x1 (DenseNet without B).
+    """
+
+    n: int
+    c: int
+    h: int
+    w: int
+    growth: int
+    depth: int
+    mid: int = 0
+
+    op = "dense_block"
+    winograd = False
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(n, c + depth * growth, h, w)."""
+        return (self.n, self.c + self.depth * self.growth, self.h, self.w)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of its convolutions."""
+        return sum(layer.flops for layer in self.layers())
+
+    def dims(self) -> dict[str, int]:
+        """The geometry as the cost model takes it."""
+        return {name: getattr(self, name) for name in ("n", "c", "h", "w", "growth", "depth", "mid")}
+
+    def layers(self) -> list[Conv]:
+        """The layers it is made of, in the order they run."""
+        n, h, w = self.n, self.h, self.w
+        found = []
+        for i in range(self.depth):
+            c = self.c + i * self.growth
+            if self.mid:
+                found.append(Conv(n, c, h, w, self.mid, 1, 1, prologue=True))
+            found.append(Conv(n, self.mid or c, h, w, self.growth, 3, 3, padding=(1, 1), prologue=not self.mid))
+        return found
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Scale, shift and ReLU of the input, 1x1 convolution, 2x2 average pooling of stride 2 (done before the 1x1)."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+
+    op = "transition"
+    winograd = False
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(n, k, h // 2, w // 2)."""
+        return (self.n, self.k, self.h // 2, self.w // 2)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the 1x1 as it stands in the network, before the pooling."""
+        return 2 * self.n * self.h * self.w * self.c * self.k
+
+    def dims(self) -> dict[str, int]:
+        """The geometry as the cost model takes it."""
+        return {name: getattr(self, name) for name in ("n", "c", "h", "w", "k")}
+
+    def layers(self) -> list[Conv]:
+        """The 1x1 convolution on the pooled image."""
+        return [Conv(self.n, self.c, self.h // 2, self.w // 2, self.k, 1, 1)]
+
+
+Shape = Conv | Bottleneck | BasicBlock | Stem | PreActBlock | DenseBlock | Transition

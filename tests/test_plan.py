@@ -21,7 +21,7 @@ needs_native = pytest.mark.skipif(not native.available(), reason="the native lib
 
 
 def choose(shape, dtype=torch.float32, backend="auto", accuracy="strict", device=CPU):
-    return plan.choose(shape, dtype, device, backend, accuracy, plan.state())
+    return plan.choose(shape, dtype, device, backend, accuracy, plan.state(device))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..shapes import Conv, Shape
+from . import reference
 from .layout import nhwc
 from .packing import packed
 
@@ -64,6 +65,8 @@ def conv_bn_act(
     scale: Tensor | None,
     shift: Tensor,
     residual: Tensor | None,
+    in_scale: Tensor | None,
+    in_shift: Tensor | None,
     *,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -72,6 +75,8 @@ def conv_bn_act(
     activation: str,
 ) -> Tensor:
     """`activation(conv(x, weight) * scale + shift + residual)`; the output is channels_last."""
+    if in_scale is not None and in_shift is not None:
+        x = reference.prologue(x, in_scale, in_shift)  # a pass of its own
     x = nhwc(x)
     sizes = (padding, stride, dilation)
     key = ("vendor", x.shape, tuple(padding), tuple(stride), tuple(dilation), groups)

@@ -1,8 +1,21 @@
 """The public ops: each file has an op's schema, checks, fake, autograd formula and public function."""
 
+from ..kernels.layers import DenseLayer
 from .basic_block import basic_block
 from .bottleneck import bottleneck
 from .conv_bn_act import conv_bn_act
+from .dense_block import dense_block
+from .preact_block import preact_block
 from .stem import stem
+from .transition import transition
 
-__all__ = ["basic_block", "bottleneck", "conv_bn_act", "stem"]
+__all__ = [
+    "DenseLayer",
+    "basic_block",
+    "bottleneck",
+    "conv_bn_act",
+    "dense_block",
+    "preact_block",
+    "stem",
+    "transition",
+]

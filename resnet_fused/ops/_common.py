@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..kernels import reference
+from ..kernels import cpu, cuda, reference, triton
 from ..kernels.layout import channels_last, nchw, nhwc
 from ..kernels.native import library
 from ..kernels.packing import packed
 from ..settings import ACCURACIES, BACKENDS, one_of
 from ..shapes import conv_out
+
+KERNELS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton}
+"""The backends made of this package's own kernels, which share one interface."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -72,6 +76,15 @@ def check_vector(name: str, t: Spec | None, x: Spec, channels: int) -> None:
         raise InputError(f"{name}.shape must be ({channels},), got {tuple(t[0])}")
 
 
+def check_prologue(x: Spec, in_scale: Spec | None, in_shift: Spec | None) -> None:
+    """Scale and shift of the input, both or neither."""
+    if (in_scale is None) != (in_shift is None):
+        given, missing = ("in_shift", "in_scale") if in_scale is None else ("in_scale", "in_shift")
+        raise InputError(f"{missing} must be given together with {given}, got None")
+    check_vector("in_scale", in_scale, x, x[0][1])
+    check_vector("in_shift", in_shift, x, x[0][1])
+
+
 def check_weight(name: str, t: Spec, x: Spec, channels: int, groups: int, taps: tuple[int, int] | None = None) -> None:
     """A convolution weight [K, channels / groups, R, S]; `taps` fixes R and S."""
     check_kind(name, t, x)
@@ -92,22 +105,34 @@ def check_weight(name: str, t: Spec, x: Spec, channels: int, groups: int, taps: 
 
 def check_projection(x: Spec, wd: Spec | None, bd: Spec | None, sd: Spec | None, out: int, stride: int) -> None:
     """The shortcut of a block: a 1x1 projection with its shift, or the input itself where that fits."""
+    check_shortcut(x, wd, out, stride)
     if wd is None:
         for name, t in (("bd", bd), ("sd", sd)):
             if t is not None:
                 raise InputError(f"{name} must be None where wd is None, got a tensor of shape {tuple(t[0])}")
-        if stride != 1 or x[0][1] != out:
-            raise InputError(
-                f"wd must be given unless the input fits the output: {x[0][1]} channels in, {out} out, stride {stride}"
-            )
         return
     if bd is None:
         raise InputError(f"bd must be given where wd is, got None beside wd of shape {tuple(wd[0])}")
-    check_weight("wd", wd, x, x[0][1], 1, (1, 1))
-    if wd[0][0] != out:
-        raise InputError(f"wd.shape[0] must be the block's {out} output channels, got {wd[0][0]}")
     check_vector("bd", bd, x, out)
     check_vector("sd", sd, x, out)
+
+
+def check_shortcut(x: Spec, wd: Spec | None, out: int, stride: int) -> None:
+    """The weight of a 1x1 projection to `out` channels, or None where the input itself fits."""
+    if wd is not None:
+        check_weight("wd", wd, x, x[0][1], 1, (1, 1))
+        if wd[0][0] != out:
+            raise InputError(f"wd.shape[0] must be the block's {out} output channels, got {wd[0][0]}")
+    elif stride != 1 or x[0][1] != out:
+        raise InputError(
+            f"wd must be given unless the input fits the output: {x[0][1]} channels in, {out} out, stride {stride}"
+        )
+
+
+def check_outputs(name: str, weight: Spec, channels: int) -> None:
+    """A weight with this many output channels."""
+    if weight[0][0] != channels:
+        raise InputError(f"{name}.shape[0] must be {channels}, got {weight[0][0]}")
 
 
 def check_number(least: int, **values: int) -> None:
@@ -236,6 +261,8 @@ def residual_block_backward(
 
 def _autocast(t: Any, dtype: torch.dtype) -> Any:
     """Images and weights take autocast's dtype; scales and shifts stay float32, as does what autocast leaves alone."""
+    if isinstance(t, (list, tuple)):
+        return [_autocast(item, dtype) for item in t]
     if not isinstance(t, Tensor) or t.dim() != 4 or t.dtype in (dtype, torch.float64) or not t.is_floating_point():
         return t
     # A weight is cast once, not at every call, and so packed once; tracing sees subclasses and always casts.
@@ -244,17 +271,10 @@ def _autocast(t: Any, dtype: torch.dtype) -> Any:
     return t.to(dtype)
 
 
-def register(
-    name: str,
-    run: Callable[..., Tensor],
-    fake: Callable[..., Tensor],
-    setup_context: Callable[..., None],
-    backward: Callable[..., tuple[Tensor | None, ...]],
-) -> None:
-    """Register an op's implementation (every device), its fake, its autograd formula and its autocast rule."""
+def _register(name: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+    """Register an op's implementation (every device), its fake and its autocast rule; return the op."""
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resnet_fused::{name}", fake, lib=library)
-    torch.library.register_autograd(f"resnet_fused::{name}", backward, setup_context=setup_context, lib=library)
     op = getattr(torch.ops.resnet_fused, name).default
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
@@ -265,3 +285,32 @@ def register(
                 return op(*(_autocast(arg, dtype) for arg in args), **options)
 
         library.impl(name, autocast, key)
+    return op
+
+
+def register(
+    name: str,
+    run: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    setup_context: Callable[..., None],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> None:
+    """Register an op with an autograd formula of its own."""
+    _register(name, run, fake)
+    torch.library.register_autograd(f"resnet_fused::{name}", backward, setup_context=setup_context, lib=library)
+
+
+def register_composed(
+    name: str, run: Callable[..., Tensor], fake: Callable[..., Tensor], compose: Callable[..., Tensor]
+) -> None:
+    """Register an op that runs as `compose`, out of differentiable operators, where gradients are wanted."""
+    op = _register(name, run, fake)
+
+    def autograd(*args: Any, **options: Any) -> Tensor:
+        tensors = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return compose(*args, **options)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args, **options)
+
+    library.impl(name, autograd, "Autograd")

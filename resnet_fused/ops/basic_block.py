@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import plan
-from ..kernels import cpu
 from ..kernels.native import library
 from ..settings import resolve_backend
 from ..shapes import BasicBlock
@@ -133,13 +132,17 @@ def _run(
     accuracy: str = "strict",
 ) -> Tensor:
     tensors = common.pad(tensors, 10)
-    choice = _prepare(tuple(map(optional_spec, tensors)), stride, dilation, backend, accuracy, plan.state())
+    choice = _prepare(
+        tuple(map(optional_spec, tensors)), stride, dilation, backend, accuracy, plan.state(tensors[0].device)
+    )
     plan.note(choice)
     x = tensors[0]
     if choice.empty:
         return common.empty_like_format(choice.shape.output_shape, x)
     if not choice.composed:
-        y = cpu.basic_block(*tensors, stride=stride, dilation=dilation, algorithm=choice.algorithm)
+        y = common.KERNELS[choice.backend].basic_block(
+            *tensors, stride=stride, dilation=dilation, algorithm=choice.algorithm
+        )
     else:
         y = common.residual_block(*layer_runner(choice, x, accuracy), *_layers(tensors, stride, dilation))
     return common.like_format(y, x)

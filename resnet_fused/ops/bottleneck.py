@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import plan
 from ..errors import InputError
-from ..kernels import cpu
 from ..kernels.native import library
 from ..settings import resolve_backend
 from ..shapes import Bottleneck
@@ -177,14 +176,16 @@ def _run(
 ) -> Tensor:
     tensors = common.pad(tensors, 13)
     geometry = (stride, dilation, groups, stride_in_1x1)
-    choice = _prepare(tuple(map(optional_spec, tensors)), *geometry, backend, accuracy, plan.state())
+    choice = _prepare(tuple(map(optional_spec, tensors)), *geometry, backend, accuracy, plan.state(tensors[0].device))
     plan.note(choice)
     x = tensors[0]
     if choice.empty:
         return common.empty_like_format(choice.shape.output_shape, x)
     if not choice.composed:
         stride1, stride2 = (stride, 1) if stride_in_1x1 else (1, stride)
-        y = cpu.bottleneck(*tensors, stride1=stride1, stride2=stride2, dilation=dilation, algorithm=choice.algorithm)
+        y = common.KERNELS[choice.backend].bottleneck(
+            *tensors, stride1=stride1, stride2=stride2, dilation=dilation, algorithm=choice.algorithm
+        )
     else:
         y = common.residual_block(*layer_runner(choice, x, accuracy), *_layers(tensors, *geometry))
     return common.like_format(y, x)

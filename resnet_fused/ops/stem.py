@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import plan
 from ..errors import InputError
-from ..kernels import cpu, reference
+from ..kernels import reference
 from ..kernels.native import library
 from ..settings import resolve_backend
 from ..shapes import Stem
@@ -128,12 +128,12 @@ def _run(
 ) -> Tensor:
     tensors = (spec(x), spec(weight), optional_spec(scale), spec(shift))
     pool = (pool_kernel, pool_stride, pool_padding)
-    choice = _prepare(*tensors, stride, padding, *pool, backend, accuracy, plan.state())
+    choice = _prepare(*tensors, stride, padding, *pool, backend, accuracy, plan.state(x.device))
     plan.note(choice)
     if choice.empty:
         return common.empty_like_format(choice.shape.output_shape, x)
     if not choice.composed:
-        y = cpu.stem(
+        y = common.KERNELS[choice.backend].stem(
             x,
             weight,
             scale,
@@ -143,6 +143,7 @@ def _run(
             pool_kernel=pool_kernel,
             pool_stride=pool_stride,
             pool_padding=pool_padding,
+            algorithm=choice.algorithm,
         )
     else:
         layer, image = layer_runner(choice, x, accuracy)
