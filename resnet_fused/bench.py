@@ -75,7 +75,7 @@ class Job:
     seconds: float = 15.0  # of timing, for each worker
 
     def __post_init__(self) -> None:
-        one_of("model", self.model, tuple(models.__all__))
+        models.find(self.model)
         one_of("device", self.device, DEVICES)
         for dtype in self.dtypes:
             one_of("dtype", dtype, tuple(DTYPES))
@@ -145,14 +145,14 @@ def make_model(name: str) -> nn.Module:
     drawn at random.
     """
     torch.manual_seed(SEED)
-    model: nn.Module = getattr(models, name)()
-    return models.randomize_batchnorms(model).eval()
+    return models.randomize_batchnorms(models.build(name)).eval()
 
 
 def prepare(job: Job, dtype: str) -> tuple[nn.Module, Tensor]:
     """Return the unfused model and the input pictures, both in `dtype`, on the device, contiguous (NCHW)."""
     model = make_model(job.model).to(job.device, DTYPES[dtype])
-    return model, real_pictures(job.batch).to(job.device, DTYPES[dtype])
+    pictures = real_pictures(job.batch, models.find(job.model).image)
+    return model, pictures.to(job.device, DTYPES[dtype])
 
 
 def contend(contender: Contender, model: nn.Module, x: Tensor) -> tuple[Callable[[], Tensor], float]:

@@ -1,8 +1,92 @@
-"""ResNets in torchvision's structure, of plain modules: `fuse` makes them fast."""
+"""The networks of the ResNet, DenseNet and VGG papers, of plain modules: `fuse` makes them fast."""
 
-from .resnet import ResNet as ResNet
-from .resnet import randomize_batchnorms as randomize_batchnorms
-from .resnet import resnet18, resnet34, resnet50, resnet101, resnet152
+from .cifar import (
+    CifarResNet,
+    plain20_cifar,
+    plain32_cifar,
+    plain44_cifar,
+    plain56_cifar,
+    plain110_cifar,
+    resnet20_cifar,
+    resnet32_cifar,
+    resnet44_cifar,
+    resnet56_cifar,
+    resnet110_cifar,
+    resnet1202_cifar,
+)
+from .densenet import (
+    DenseNet,
+    densenet40_k12_cifar,
+    densenet100_k12_cifar,
+    densenet100_k24_cifar,
+    densenet121,
+    densenet169,
+    densenet201,
+    densenet264,
+    densenet_bc100_k12_cifar,
+    densenet_bc190_k40_cifar,
+    densenet_bc250_k24_cifar,
+    densenet_cifar,
+)
+from .identity_mappings import identity_mappings_cifar
+from .plain import plain18, plain34
+from .preact import (
+    PreActResNet,
+    preact_resnet110_cifar,
+    preact_resnet164_cifar,
+    preact_resnet200,
+    preact_resnet1001_cifar,
+    preact_resnet_cifar,
+)
+from .registry import build, find, names
+from .resnet import ResNet, randomize_batchnorms, resnet18, resnet34, resnet50, resnet101, resnet152
+from .vgg import VGG, vgg16_bn, vgg19_bn
 
-# The constructors only: the names a model can be asked for by.
-__all__ = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+__all__ = [
+    "VGG",
+    "CifarResNet",
+    "DenseNet",
+    "PreActResNet",
+    "ResNet",
+    "build",
+    "densenet40_k12_cifar",
+    "densenet100_k12_cifar",
+    "densenet100_k24_cifar",
+    "densenet121",
+    "densenet169",
+    "densenet201",
+    "densenet264",
+    "densenet_bc100_k12_cifar",
+    "densenet_bc190_k40_cifar",
+    "densenet_bc250_k24_cifar",
+    "densenet_cifar",
+    "find",
+    "identity_mappings_cifar",
+    "names",
+    "plain18",
+    "plain20_cifar",
+    "plain32_cifar",
+    "plain34",
+    "plain44_cifar",
+    "plain56_cifar",
+    "plain110_cifar",
+    "preact_resnet110_cifar",
+    "preact_resnet164_cifar",
+    "preact_resnet200",
+    "preact_resnet1001_cifar",
+    "preact_resnet_cifar",
+    "randomize_batchnorms",
+    "resnet18",
+    "resnet20_cifar",
+    "resnet32_cifar",
+    "resnet34",
+    "resnet44_cifar",
+    "resnet50",
+    "resnet56_cifar",
+    "resnet101",
+    "resnet110_cifar",
+    "resnet152",
+    "resnet1202_cifar",
+    "vgg16_bn",
+    "vgg19_bn",
+]

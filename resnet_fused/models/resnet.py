@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..nn.plain import BasicBlock, Bottleneck, Norm, conv1x1
+from ..nn.plain import BasicBlock, Bottleneck, Norm
+from .registry import register
+from .stage import initialize, make_stage
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,15 +28,22 @@ class ResNet(nn.Module):
         width_per_group: 64; 128 in a wide ResNet.
         replace_stride_with_dilation: for each of the last three stages.
         norm_layer: makes a BatchNorm from a number of channels.
-        stride_in_1x1: bottlenecks with the stride in their first 1x1 ("v1") instead of their 3x3 ("v1.5").
+        stride_in_1x1: bottlenecks with the stride in their first 1x1 ("v1", the paper's) instead of their 3x3 ("v1.5",
+            torchvision's).
+        shortcut: option "A", "B" or "C" of the paper's section 3.3, as in `make_shortcut`; None for a block without.
 
     Raises:
-        InputError: stages are not four, or replace_stride_with_dilation not three.
+        InputError: stages are not four, replace_stride_with_dilation not three, or an unknown shortcut.
     """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(
         self,
-        block: type[nn.Module],
+        block: Any,
         layers: Sequence[int],
         num_classes: int = 1000,
         zero_init_residual: bool = False,
@@ -44,6 +53,7 @@ class ResNet(nn.Module):
         norm_layer: Norm | None = None,
         *,
         stride_in_1x1: bool = False,
+        shortcut: str | None = "B",
     ) -> None:
         super().__init__()
         dilate = (False, False, False) if replace_stride_with_dilation is None else replace_stride_with_dilation
@@ -51,44 +61,33 @@ class ResNet(nn.Module):
             raise InputError(f"layers must have 4 numbers, got {len(layers)}")
         if len(dilate) != 3:
             raise InputError(f"replace_stride_with_dilation must have 3 values, got {len(dilate)}")
-        self._block: Any = block
-        self._kwargs: dict[str, Any] = {"groups": groups, "base_width": width_per_group, "norm_layer": norm_layer}
+        norm = norm_layer or nn.BatchNorm2d
+        kwargs: dict[str, Any] = {"groups": groups, "base_width": width_per_group, "norm_layer": norm}
         if stride_in_1x1:
-            self._kwargs["stride_in_1x1"] = True
-        self.inplanes = 64
-        self.dilation = 1
-        self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1 = (norm_layer or nn.BatchNorm2d)(self.inplanes)
+            kwargs["stride_in_1x1"] = True
+        self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = norm(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.layer1 = self._make_layer(64, layers[0], 1, False)
-        self.layer2 = self._make_layer(128, layers[1], 2, dilate[0])
-        self.layer3 = self._make_layer(256, layers[2], 2, dilate[1])
-        self.layer4 = self._make_layer(512, layers[3], 2, dilate[2])
+        inplanes, dilation = 64, 1
+        for index, (planes, count) in enumerate(zip((64, 128, 256, 512), layers, strict=True)):
+            stride, first = (1 if index == 0 else 2), {"dilation": dilation}
+            if index > 0 and dilate[index - 1]:
+                dilation, stride = 2 * dilation, 1
+            stage = make_stage(
+                block, inplanes, planes, count, stride, shortcut, norm, first, dilation=dilation, **kwargs
+            )
+            self.add_module(f"layer{index + 1}", stage)
+            inplanes = planes * block.expansion
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(self.inplanes, num_classes)
+        self.fc = nn.Linear(inplanes, num_classes)
 
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
-                last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
-                nn.init.zeros_(last.weight)  # type: ignore[arg-type]
-
-    def _make_layer(self, planes: int, blocks: int, stride: int, dilate: bool) -> nn.Sequential:
-        first_dilation = self.dilation
-        if dilate:
-            self.dilation *= stride
-            stride = 1
-        out = planes * self._block.expansion
-        downsample = None
-        if stride != 1 or self.inplanes != out:
-            norm = self._kwargs["norm_layer"] or nn.BatchNorm2d
-            downsample = nn.Sequential(conv1x1(self.inplanes, out, stride), norm(out))
-        first = self._block(self.inplanes, planes, stride, downsample, dilation=first_dilation, **self._kwargs)
-        rest = [self._block(out, planes, dilation=self.dilation, **self._kwargs) for _ in range(1, blocks)]
-        self.inplanes = out
-        return nn.Sequential(first, *rest)
+        initialize(self)
+        if zero_init_residual:
+            for module in self.modules():
+                if isinstance(module, (BasicBlock, Bottleneck)):
+                    last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                    nn.init.zeros_(last.weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W] to logits [N, num_classes]."""
@@ -117,26 +116,31 @@ def randomize_batchnorms(model: M) -> M:
     return model
 
 
+@register(image=224)
 def resnet18(**kwargs: Any) -> ResNet:
     """ResNet-18: 11.7 million parameters; keyword arguments as in `ResNet`."""
     return ResNet(BasicBlock, (2, 2, 2, 2), **kwargs)
 
 
+@register(image=224)
 def resnet34(**kwargs: Any) -> ResNet:
     """ResNet-34: 21.8 million parameters; keyword arguments as in `ResNet`."""
     return ResNet(BasicBlock, (3, 4, 6, 3), **kwargs)
 
 
+@register(image=224)
 def resnet50(**kwargs: Any) -> ResNet:
     """ResNet-50: 25.6 million parameters; keyword arguments as in `ResNet`."""
     return ResNet(Bottleneck, (3, 4, 6, 3), **kwargs)
 
 
+@register(image=224)
 def resnet101(**kwargs: Any) -> ResNet:
     """ResNet-101: 44.5 million parameters; keyword arguments as in `ResNet`."""
     return ResNet(Bottleneck, (3, 4, 23, 3), **kwargs)
 
 
+@register(image=224)
 def resnet152(**kwargs: Any) -> ResNet:
     """ResNet-152: 60.2 million parameters; keyword arguments as in `ResNet`."""
     return ResNet(Bottleneck, (3, 8, 36, 3), **kwargs)
