@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import plan
@@ -107,17 +108,18 @@ class _Watch(TorchDispatchMode):
             for conv, reason in module.__dict__.get("_unfused_reasons", {}).items():
                 self._reasons[f"{name}.{conv}" if name else conv] = reason
         for name, fusion in fusions(model).items():
-            self._blocks[id(fusion.layers[0].conv.weight)] = name
+            self._blocks |= {id(conv.weight): name for conv in fusion.convs}
             reason = fusion.why_unfused(x)
             if reason is not None:
-                for layer in fusion.layers:
-                    self._reasons[self._convs[id(layer.conv.weight)]] = reason
+                for conv in fusion.convs:
+                    self._reasons[self._convs[id(conv.weight)]] = reason
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "resnet_fused":
             with plan.record() as choices:
                 y = func(*args, **(kwargs or {}))
-            block = self._blocks.get(id(args[1]), "(called directly)")
+            tensors = (id(t) for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
+            block = next((self._blocks[key] for key in tensors if key in self._blocks), "(called directly)")
             self._fused(block, func.overloadpacket.__name__, choices)
             return y
         y = func(*args, **(kwargs or {}))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from .errors import InputError
@@ -43,6 +45,8 @@ def fuse(model: M, backend: str = "auto", accuracy: str = "strict", inplace: boo
     one_of("backend", backend, BACKENDS)
     one_of("accuracy", accuracy, ACCURACIES)
     check_model("model", model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"model must be the module it was scripted or traced from, got {type(model).__name__}")
     target = model if inplace else copy.deepcopy(model)
     found = Search(target, Settings(backend, accuracy, channels_last=True))
     if not found.changes:
@@ -52,6 +56,8 @@ def fuse(model: M, backend: str = "auto", accuracy: str = "strict", inplace: boo
             f"model must have a convolution followed by a BatchNorm that can be fused, got {type(model).__name__} with "
             f"{convs} convolutions and none{why}"
         )
+    if hooks := [why for why in found.reasons.values() if why.startswith("a hook on")]:
+        warnings.warn(f"{len(hooks)} convolutions stay unfused so that hooks run: {hooks[0]}", stacklevel=2)
     apply(found, target)
     return target
 

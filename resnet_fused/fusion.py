@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import ops
+from .folding import Arguments, Layer, Selection
 from .kernels import packing
-from .ops._common import channels_last
+from .kernels.layout import channels_last
 
 _address = Tensor.data_ptr
 _version = operator.attrgetter("_version")
@@ -82,41 +83,6 @@ def only_channels_last(t: Tensor) -> bool:
 OWN_HOOKS = (enter, leave, restore_format)
 
 
-class Layer(NamedTuple):
-    """A convolution and the BatchNorm after it; `eps` only if the BatchNorm has none of its own to read."""
-
-    conv: nn.Conv2d
-    norm: Any  # a module with the four tensors of a BatchNorm
-    eps: float | None = None
-
-    def sources(self) -> list[tuple[dict[str, Tensor], str]]:
-        """Where the tensors that scale and shift depend on are kept, as (dictionary, key)."""
-        kept = [
-            (store, name)
-            for name in ("weight", "bias", "running_mean", "running_var")
-            for store in (self.norm._parameters, self.norm._buffers)
-            if store.get(name) is not None
-        ]
-        if self.conv.bias is not None:
-            kept.append((self.conv._parameters, "bias"))
-        return kept
-
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift, [K], in float32 (float64 for a float64 BatchNorm); differentiable."""
-        norm = self.norm
-        dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
-        eps = norm.eps if self.eps is None else self.eps
-        deviation = (norm.running_var.to(dtype) + eps).sqrt()
-        scale = deviation.reciprocal() if norm.weight is None else norm.weight.to(dtype) / deviation
-        mean = norm.running_mean.to(dtype)
-        if self.conv.bias is not None:
-            mean = mean - self.conv.bias.to(dtype)
-        shift = -mean * scale
-        if norm.bias is not None:
-            shift = norm.bias.to(dtype) + shift
-        return scale, shift
-
-
 @dataclass(frozen=True)
 class Settings:
     """How a fusion runs.
@@ -151,14 +117,11 @@ class _Kept(NamedTuple):
         )
 
 
-Arguments = Sequence[tuple[Tensor, Tensor, Tensor]]  # weight, scale and shift of each layer
-
-
 class Fusion:
     """A piece of a model that runs as one op.
 
     Args:
-        layers: its convolutions with their BatchNorms, a projection last.
+        layers: its convolutions with their BatchNorms in the order that the op takes them, a projection last.
         steps: what runs in its place when it is unfused, in order: one block, or a chain of modules.
         inside: the modules that the op replaces, as (dictionary of the parent's children, name): a hook on one of them,
             or another module in its place, and the original modules run.
@@ -175,7 +138,7 @@ class Fusion:
 
     def __init__(
         self,
-        layers: Sequence[Layer],
+        layers: Sequence[Layer | Selection],
         steps: Sequence[nn.Module],
         inside: Sequence[tuple[dict[str, nn.Module | None], str]],
         options: dict[str, Any],
@@ -200,8 +163,8 @@ class Fusion:
             for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
         self._sources = [source for layer in layers for source in layer.sources()]
-        self._norms = [layer.norm for layer in layers if layer.eps is None]
-        self._weights: list[Any] = [layer.conv._parameters for layer in layers]
+        self._first = self.convs[0]
+        self._norms = [layer.norm for layer in layers if layer.norm is not None and layer.eps is None]
 
     def __getstate__(self) -> dict[str, Any]:
         # What is kept holds addresses, which mean nothing in a copy.
@@ -230,6 +193,11 @@ class Fusion:
             or [children.get(name) for children, name in self._inside] != self._modules
         )
 
+    @property
+    def convs(self) -> list[nn.Conv2d]:
+        """Its convolutions, in the order of the layers."""
+        return [layer.conv for layer in self.layers if layer.conv is not None]
+
     def run(self, x: Tensor) -> Tensor:
         """The op's output for the input `x` [N, C, H, W]."""
         settings = self.settings
@@ -237,7 +205,7 @@ class Fusion:
             x = x.contiguous(memory_format=torch.channels_last)
         return self.compute(x, self.arguments(), settings.backend, settings.accuracy)
 
-    def arguments(self) -> Arguments:
+    def arguments(self) -> Sequence[Arguments]:
         """Weight, scale and shift of every layer; scales and shifts are kept until what they come from changes."""
         if torch.compiler.is_compiling():
             return self.fold()
@@ -255,20 +223,22 @@ class Fusion:
                     eps=[norm.eps for norm in self._norms],
                     vectors=[layer.fold() for layer in self.layers],
                 )
-        return [(weights["weight"], *vectors) for weights, vectors in zip(self._weights, kept.vectors, strict=True)]
+        like = self._first.weight
+        return [(layer.weight(like), *vectors) for layer, vectors in zip(self.layers, kept.vectors, strict=True)]
 
-    def fold(self) -> Arguments:
+    def fold(self) -> Sequence[Arguments]:
         """`arguments`, computed afresh and differentiable."""
-        return [(layer.conv.weight, *layer.fold()) for layer in self.layers]
+        like = self._first.weight
+        return [(layer.weight(like), *layer.fold()) for layer in self.layers]
 
     def refold(self) -> None:
         """Forget the kept scales and shifts, and the packed weights."""
         self._kept = None
-        for weights in self._weights:
-            if (weight := weights.get("weight")) is not None:
+        for layer in self.layers:
+            if (weight := layer.forget()) is not None:
                 packing.forget(weight)
 
-    def compute(self, x: Tensor, arguments: Arguments, backend: str, accuracy: str) -> Tensor:
+    def compute(self, x: Tensor, arguments: Sequence[Arguments], backend: str, accuracy: str) -> Tensor:
         """Call the op."""
         raise NotImplementedError
 
@@ -278,7 +248,7 @@ class ConvBNActFusion(Fusion):
 
     op = "conv_bn_act"
 
-    def compute(self, x: Tensor, arguments: Arguments, backend: str, accuracy: str) -> Tensor:  # noqa: D102
+    def compute(self, x: Tensor, arguments: Sequence[Arguments], backend: str, accuracy: str) -> Tensor:  # noqa: D102
         return ops.conv_bn_act(x, *arguments[0], **self.options, backend=backend, accuracy=accuracy)
 
 
@@ -287,7 +257,7 @@ class StemFusion(Fusion):
 
     op = "stem"
 
-    def compute(self, x: Tensor, arguments: Arguments, backend: str, accuracy: str) -> Tensor:  # noqa: D102
+    def compute(self, x: Tensor, arguments: Sequence[Arguments], backend: str, accuracy: str) -> Tensor:  # noqa: D102
         return ops.stem(x, *arguments[0], **self.options, backend=backend, accuracy=accuracy)
 
 
@@ -296,7 +266,7 @@ class BasicBlockFusion(Fusion):
 
     op = "basic_block"
 
-    def compute(self, x: Tensor, arguments: Arguments, backend: str, accuracy: str) -> Tensor:  # noqa: D102
+    def compute(self, x: Tensor, arguments: Sequence[Arguments], backend: str, accuracy: str) -> Tensor:  # noqa: D102
         (w1, s1, b1), (w2, s2, b2), *projection = arguments
         wd, sd, bd = projection[0] if projection else (None, None, None)
         options = {**self.options, "backend": backend, "accuracy": accuracy}
@@ -308,8 +278,48 @@ class BottleneckFusion(Fusion):
 
     op = "bottleneck"
 
-    def compute(self, x: Tensor, arguments: Arguments, backend: str, accuracy: str) -> Tensor:  # noqa: D102
+    def compute(self, x: Tensor, arguments: Sequence[Arguments], backend: str, accuracy: str) -> Tensor:  # noqa: D102
         (w1, s1, b1), (w2, s2, b2), (w3, s3, b3), *projection = arguments
         wd, sd, bd = projection[0] if projection else (None, None, None)
         options = {**self.options, "backend": backend, "accuracy": accuracy}
         return ops.bottleneck(x, w1, b1, w2, b2, w3, b3, wd, bd, s1=s1, s2=s2, s3=s3, sd=sd, **options)
+
+
+class PreActBlockFusion(Fusion):
+    """Prologue, two or three convolutions with the BatchNorms after them, and the shortcut, its projection last."""
+
+    op = "preact_block"
+
+    def compute(self, x: Tensor, arguments: Sequence[Arguments], backend: str, accuracy: str) -> Tensor:  # noqa: D102
+        options = dict(self.options)
+        path = list(arguments)
+        _, *ends = path.pop(0) if options.pop("prologue") else (None, None, None)
+        wd = path.pop()[0] if options.pop("projection") else None
+        weights, scales, shifts = (list(column) for column in zip(*path, strict=True))
+        tensors = (*ends, weights, scales, shifts, wd)
+        return ops.preact_block(x, *tensors, **options, backend=backend, accuracy=accuracy)
+
+
+class DenseBlockFusion(Fusion):
+    """The layers of a dense block, each a prologue, perhaps a 1x1 with its BatchNorm, and a 3x3."""
+
+    op = "dense_block"
+
+    def compute(self, x: Tensor, arguments: Sequence[Arguments], backend: str, accuracy: str) -> Tensor:  # noqa: D102
+        each = self.options["convs"] + 1
+        layers = []
+        for i in range(0, len(arguments), each):
+            (_, in_scale, in_shift), *first, (w2, _, _) = arguments[i : i + each]
+            w1, s1, b1 = first[0] if first else (None, None, None)
+            layers.append(ops.DenseLayer(in_scale, in_shift, w1, s1, b1, w2))
+        return ops.dense_block(x, layers, backend=backend, accuracy=accuracy)
+
+
+class TransitionFusion(Fusion):
+    """Prologue, 1x1 convolution, average pooling."""
+
+    op = "transition"
+
+    def compute(self, x: Tensor, arguments: Sequence[Arguments], backend: str, accuracy: str) -> Tensor:  # noqa: D102
+        (_, in_scale, in_shift), (weight, _, _) = arguments
+        return ops.transition(x, in_scale, in_shift, weight, backend=backend, accuracy=accuracy)

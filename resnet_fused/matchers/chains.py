@@ -19,7 +19,7 @@ from torch import fx, nn
 from ..fusion import Fusion, Settings
 from ..mixins import original_class
 from .blocks import single_layer
-from .layers import Model, Refused, activation, check_inside, is_norm, make_layer
+from .layers import Model, Refused, activation, check_inside, is_norm, make_layer, places_within
 
 Place = tuple[dict[str, nn.Module | None], str]  # the children of a module, and one of their names
 
@@ -35,24 +35,30 @@ def match_chain(
     conv, norm, *rest = modules
     assert isinstance(conv, nn.Conv2d)
     layer = make_layer(conv, norm, model)
-    length = 2
-    pool: nn.MaxPool2d | None = None
-    if rest and is_free(rest[0], model, owner) and activation(rest[0]) == "relu":
-        length = 3
-        if len(rest) > 1 and is_free(rest[1], model, owner) and isinstance(rest[1], nn.MaxPool2d):
-            pool = rest[1]
+    relu = (
+        0 if layer.relu else 1 if is_relu(rest[:1], model, owner) else None
+    )  # modules that make the ReLU, None: no ReLU
+    length = 2 + (relu or 0)
     common: dict[str, Any] = {"settings": settings, "owner": owner}
 
     def candidates(length: int, pool: nn.MaxPool2d | None) -> list[Fusion]:
-        found = single_layer(layer, pool, steps=modules[:length], inside=places[:length], **common)
-        return found[:1] if length > 2 else found[1:]  # with ReLU comes first
+        chain = modules[:length]
+        inside = [*places[:length], *(place for module in chain for place in places_within(module))]
+        found = single_layer(layer, pool, steps=chain, inside=inside, **common)
+        return found[1:] if relu is None else found[:1]  # with ReLU comes first
 
-    if pool is not None:
+    pool = modules[length] if relu is not None and len(modules) > length else None
+    if isinstance(pool, nn.MaxPool2d) and is_free(pool, model, owner):
         try:
-            return 4, candidates(4, pool)
+            return length + 1, candidates(length + 1, pool)
         except Refused:
             pass  # a pooling that no kernel fuses; the layer before it is still one
     return length, candidates(length, None)
+
+
+def is_relu(modules: Sequence[nn.Module], model: Model, owner: nn.Module | None) -> bool:
+    """Whether there is a module, and it is a ReLU that may be left out."""
+    return bool(modules) and activation(modules[0]) == "relu" and is_free(modules[0], model, owner)
 
 
 def is_free(module: nn.Module, model: Model, owner: nn.Module | None) -> bool:
@@ -96,9 +102,20 @@ def traced_runs(owner: nn.Module) -> Iterator[tuple[list[nn.Module], list[Place]
             if len(node.users) != 1:
                 break
             node = next(iter(node.users))
-        modules = [owner.get_submodule(str(n.target)) for n in run]
+        modules, places = [owner.get_submodule(str(n.target)) for n in run], [place(n) for n in run]
+        if modules:
+            modules[0], places[0] = last_of_sequential(modules[0], places[0])
         if len(modules) > 1 and isinstance(modules[0], nn.Conv2d) and is_norm(modules[1]):
-            yield modules, [place(n) for n in run]
+            yield modules, places
+
+
+def last_of_sequential(module: nn.Module, place: Place) -> tuple[nn.Module, Place]:
+    """The last child of an nn.Sequential and its place: what the module after the Sequential takes its input from."""
+    while original_class(module).forward is nn.Sequential.forward and module._modules:
+        name = next(reversed(module._modules))
+        place = (module._modules, name)
+        module = module._modules[name]  # type: ignore[assignment]
+    return module, place
 
 
 class _Tracer(fx.Tracer):

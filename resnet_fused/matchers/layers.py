@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..fusion import OWN_HOOKS, Layer
+from ..folding import Layer
+from ..fusion import OWN_HOOKS
 from ..mixins import original_class
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
@@ -47,8 +48,28 @@ def has_own_tensors(module: nn.Module) -> bool:
 
 
 def leaves(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules without children in a module, each once, in the order they were registered."""
-    return (m for m in module.modules() if not any(c is not None for c in m._modules.values()))
+    """The convolutions, BatchNorms and modules without children in a module, each once, in the order of registration.
+
+    What a BatchNorm holds, such as an activation, is part of it; what a convolution holds comes after it.
+    """
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module) -> Iterator[nn.Module]:
+        if module in seen:
+            return
+        seen.add(module)
+        children = [] if is_norm(module) else [child for child in module._modules.values() if child is not None]
+        if not children or isinstance(module, nn.Conv2d):
+            yield module
+        for child in children:
+            yield from walk(child)
+
+    return walk(module)
+
+
+def places_within(module: nn.Module) -> list[tuple[dict[str, nn.Module | None], str]]:
+    """Where a module and those below it keep their children: the dictionary and the name of each."""
+    return [(parent._modules, name) for parent in module.modules() for name in parent._modules]
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -99,14 +120,15 @@ def check_inside(module: nn.Module, model: Model) -> None:
         raise Refused(f"{name} is in train mode")
 
 
-def make_layer(conv: nn.Conv2d, norm: Any, model: Model) -> Layer:
-    """The layer made of a convolution and the BatchNorm after it.
+def make_layer(conv: nn.Conv2d | None, norm: Any, model: Model) -> Layer:
+    """The layer made of a convolution and the BatchNorm after it, of a convolution alone, or of a BatchNorm alone.
 
     Raises:
         Refused: they cannot be folded.
     """
-    for module in (conv, norm):
-        check_inside(module, model)
+    for module in filter(None, (conv, norm)):
+        for each in module.modules():
+            check_inside(each, model)
         if model.places[id(module)] > 1:
             raise Refused(f"{model.name(module)} is shared: the model holds it in {model.places[id(module)]} places")
         tensors = [t for store in (module._parameters, module._buffers) for t in store.values() if t is not None]
@@ -115,23 +137,30 @@ def make_layer(conv: nn.Conv2d, norm: Any, model: Model) -> Layer:
         special = [t for t in tensors if type(t) not in (Tensor, nn.Parameter)]
         if special:
             raise Refused(f"{model.name(module)} holds a {type(special[0]).__name__}")
+        unusual = [t for t in tensors if t.layout != torch.strided or t.is_complex()]
+        if unusual:
+            kind = "complex" if unusual[0].is_complex() else str(unusual[0].layout).removeprefix("torch.")
+            raise Refused(f"{model.name(module)} holds a {kind} tensor")
         if any(t.device.type == "meta" for t in tensors):
             raise Refused(f"{model.name(module)} is on the meta device")
-    if conv._parameters.get("weight") is None:
-        raise Refused(f"the weight of {model.name(conv)} is computed by a parametrization")
-    if conv.padding_mode != "zeros":
-        raise Refused(f"{model.name(conv)} pads with {conv.padding_mode!r}, not zeros")
+    if conv is not None:
+        if conv._parameters.get("weight") is None:
+            raise Refused(f"the weight of {model.name(conv)} is computed by a parametrization")
+        if conv.padding_mode != "zeros":
+            raise Refused(f"{model.name(conv)} pads with {conv.padding_mode!r}, not zeros")
+    if norm is None:
+        return Layer(conv)
     if norm.running_mean is None or norm.running_var is None:
         raise Refused(f"{model.name(norm)} has no running statistics")
-    if norm_channels(norm) != conv.out_channels:
+    if conv is not None and norm_channels(norm) != conv.out_channels:
         raise Refused(f"{model.name(norm)} has {norm_channels(norm)} channels, {model.name(conv)} {conv.out_channels}")
-    return Layer(conv, norm, find_eps(norm, model))
+    return Layer(conv, norm, *norm_form(norm, model))
 
 
-def find_eps(norm: Any, model: Model) -> float | None:
-    """The eps of a BatchNorm look-alike, found by trying what it computes; None if it is `norm.eps`."""
+def norm_form(norm: Any, model: Model) -> tuple[float | None, bool]:
+    """The eps of a BatchNorm look-alike, None if it is `norm.eps`, and whether it ends in ReLU: by trying it."""
     if original_class(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
-        return None
+        return None, False
     # A copy with variances so small that eps shows, in float64.
     trial = copy.copy(norm)
     trial._parameters, trial._buffers = dict(norm._parameters), dict(norm._buffers)
@@ -145,7 +174,7 @@ def find_eps(norm: Any, model: Model) -> float | None:
     vectors["running_var"] *= 1e-4
     for name, value in vectors.items():
         (trial._parameters if name in norm._parameters else trial._buffers)[name] = value
-    x = torch.randn(2, channels, 1, 2, generator=generator, dtype=torch.float64, device="cpu")
+    x = torch.randn(2, channels, 4, 5, generator=generator, dtype=torch.float64, device="cpu")
     try:
         with torch.no_grad():
             y = trial(x.clone())
@@ -155,9 +184,12 @@ def find_eps(norm: Any, model: Model) -> float | None:
     for eps in (own,) if isinstance(own, float) else (1e-5, 1e-3, 1e-6, 0.0):
         mean, var, weight, bias = (vectors.get(n) for n in ("running_mean", "running_var", "weight", "bias"))
         expected = torch.nn.functional.batch_norm(x, mean, var, weight, bias, eps=eps)
-        if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, expected, rtol=1e-9, atol=1e-9):
-            return None if own == eps else eps
-    raise Refused(f"{model.name(norm)} computes something else than BatchNorm")
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            continue
+        for relu in (False, True):
+            if torch.allclose(y, expected.relu() if relu else expected, rtol=1e-9, atol=1e-9):
+                return None if own == eps else eps, relu
+    raise Refused(f"{model.name(norm)} computes something else than BatchNorm, or BatchNorm and ReLU")
 
 
 def pair(value: int | tuple[int, ...]) -> tuple[int, int]:

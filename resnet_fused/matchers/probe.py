@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fusion import Fusion, Layer, unfused
+from ..folding import Layer, Selection
+from ..fusion import Fusion, unfused
 from ..mixins import FUSED_ATTRIBUTES, original_class
 from .layers import Refused, pair
 
@@ -47,7 +48,7 @@ class Prober:
 
     def _try(self, candidates: Sequence[Fusion]) -> int:
         first = candidates[0]
-        device = first.layers[0].conv.weight.device
+        device = first.convs[0].weight.device
         x = (torch.randn(probe_shape(first), generator=self._generator, device="cpu") * 3).to(device)
         with (
             torch.no_grad(),
@@ -87,7 +88,7 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
 
 def probe_shape(fusion: Fusion) -> tuple[int, int, int, int]:
     """A small input: two images, high and wide enough for a few outputs, not square."""
-    conv = fusion.layers[0].conv
+    conv = fusion.convs[0]
     (r, s), (stride_h, stride_w), (dil_h, dil_w) = pair(conv.kernel_size), pair(conv.stride), pair(conv.dilation)
     pool = fusion.options.get("pool_kernel", 1)
     return (
@@ -117,7 +118,7 @@ def run_original(steps: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 @contextmanager
-def random_tensors(layers: Sequence[Layer], noise: Tensor) -> Iterator[None]:
+def random_tensors(layers: Sequence[Layer | Selection], noise: Tensor) -> Iterator[None]:
     """Put random float32 tensors in place of the layers' own, scaled so that every layer's output is of order one."""
     drawn = 0
 
@@ -129,24 +130,26 @@ def random_tensors(layers: Sequence[Layer], noise: Tensor) -> Iterator[None]:
 
     saved: list[tuple[Any, str, Tensor]] = []
     try:
-        for conv, norm, _ in layers:
-            fan_in = conv.weight[0].numel()
-            device = conv.weight.device
-            for module in (conv, norm):
+        for layer in layers:
+            conv, norm = layer.conv, layer.norm
+            fan_in = 1 if conv is None else conv.weight[0].numel()
+            for module in filter(None, (conv, norm)):
                 stores: tuple[Any, ...] = (module._parameters, module._buffers)
                 for store in stores:
                     for name, tensor in list(store.items()):
                         if tensor is None or not tensor.is_floating_point():
                             continue
                         value = draw(tensor.shape)
-                        if name == "running_var":
+                        if module is conv and norm is None:
+                            value = value / fan_in**0.5
+                        elif name == "running_var":
                             value = (value.abs() + 0.5) * fan_in * 4
                         elif name == "running_mean":
                             value = value * fan_in**0.5
                         elif module is norm:
                             value = value * 2
                         saved.append((store, name, tensor))
-                        store[name] = value.to(device)
+                        store[name] = value.to(tensor.device)
         yield
     finally:
         for store, name, tensor in saved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from ..fusion import Fusion, Settings
 from ..mixins import Fused, FusedSequential, Skipped, original_class
 from .blocks import match_block
-from .chains import Place, match_chain, sequential_runs, traced_runs
+from .chains import Place, last_of_sequential, match_chain, sequential_runs, traced_runs
 from .layers import Model, Refused, is_norm
 from .probe import Prober
 
@@ -54,10 +55,17 @@ class Search:
             self._layers(child)
         if isinstance(module, nn.Sequential) and original_class(module).forward is nn.Sequential.forward:
             self._sequential(module)
-        elif any(map(is_norm, children)) and any(isinstance(c, nn.Conv2d) and c not in self._taken for c in children):
+        elif any(map(is_norm, children)) and any(self._open(child) for child in children):
             self._traced(module)
 
+    def _open(self, child: nn.Module) -> bool:
+        """Whether a child is a convolution that nothing fuses yet, or an nn.Sequential that ends in one."""
+        last, _ = last_of_sequential(child, ({}, ""))
+        return isinstance(last, nn.Conv2d) and last not in self._taken
+
     def _block(self, module: nn.Module, residual: bool) -> bool:
+        if takes_more_than_an_image(module):  # then its caller may give it more, and it would never run fused
+            return False
         try:
             candidates = match_block(module, self._model, self._settings, residual)
             if not candidates:
@@ -66,7 +74,7 @@ class Search:
         except Refused as error:
             self._refuse(module.modules(), error)
             return False
-        self._taken.update(layer.conv for layer in fusion.layers)
+        self._taken.update(fusion.convs)
         self.changes[module] = (Fused, {"_fused_op": fusion})
         return True
 
@@ -114,3 +122,10 @@ class Search:
 
     def _refuse(self, modules: Iterable[nn.Module], error: Refused) -> None:
         self._refused |= {m: str(error) for m in modules if isinstance(m, nn.Conv2d)}
+
+
+def takes_more_than_an_image(module: nn.Module) -> bool:
+    """Whether a module's forward has other arguments than one, such as a shortcut computed elsewhere."""
+    parameters = list(inspect.signature(original_class(module).forward).parameters.values())[1:]
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return len(named) > 1
