@@ -1,5 +1,9 @@
 """Settings shared by all tests."""
 
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on the CPU; read when Triton is first imported
+
 import hypothesis
 import pytest
 import torch

@@ -1,0 +1,306 @@
+"""Kernel benchmark: every convolution and block of some models, by every kernel that can run it, on one GPU.
+
+    python benchmarks/kernels.py resnet50 densenet121 --dtype bf16 --batch 128 --json kernels.json
+
+Times are medians of interleaved runs with a cold L2 cache. The roofline is that of the same run: a large copy gives the
+bytes per second, a large matrix product the FLOP/s; a shape's least time is the larger of its two shares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+
+import resnet_fused as rf
+from resnet_fused import environment, plan, tune
+from resnet_fused.bench import DTYPES
+from resnet_fused.errors import BackendError, InputError
+from resnet_fused.gpu_timer import Measure, interleave
+from resnet_fused.kernels import cudnn
+from resnet_fused.samples import Sample, describe, sample
+from resnet_fused.shapes import Conv, Shape
+
+MODELS = {"resnet18": 224, "resnet50": 224, "densenet121": 224, "resnet56_cifar": 32}
+"""The models whose shapes are measured by default, and the size of their images."""
+EAGER, COMPILED, CUDNN = "eager channels_last", "torch.compile", "vendor cudnn"
+
+
+def model_shapes(name: str, batch: int, size: int) -> list[Shape]:
+    """The distinct convolutions and blocks of a model of `resnet_fused.models`, in order."""
+    model = rf.models.randomize_batchnorms(getattr(rf.models, name)()).eval()
+    fused = rf.fuse(model, backend="reference")
+    shapes = tune.shapes_of(fused, torch.zeros(1, 3, size, size))
+    return list(dict.fromkeys(replace(shape, n=batch) for shape in shapes))
+
+
+def flops(shape: Shape) -> int:
+    """What must be computed, two for a multiply and an add; a transition's average comes before its 1x1."""
+    return sum(layer.flops for layer in shape.layers())
+
+
+def traffic(shape: Shape, itemsize: int) -> int:
+    """Bytes that must pass between memory and the GPU: input, output, residual and weights, each once."""
+    n, k, p, q = shape.output_shape
+    elements = shape.n * shape.c * shape.h * shape.w + n * k * p * q
+    if isinstance(shape, Conv) and shape.residual:
+        elements += n * k * p * q
+    elements += sum(layer.k * (layer.c // layer.groups) * layer.r * layer.s for layer in shape.layers())
+    return elements * itemsize
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What the GPU reached in this run: bytes/s of a copy (read and written) and FLOP/s of a matrix product."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def seconds(self, shape: Shape, itemsize: int) -> float:
+        """The least time for a shape."""
+        return max(traffic(shape, itemsize) / self.bytes_per_second, flops(shape) / self.flops_per_second)
+
+    def bound(self, shape: Shape, itemsize: int) -> str:
+        """What limits a shape: "memory" or "compute"."""
+        by_bytes = traffic(shape, itemsize) / self.bytes_per_second
+        return "memory" if by_bytes > flops(shape) / self.flops_per_second else "compute"
+
+
+def roofline(dtype: torch.dtype, device: torch.device, measure: Measure) -> Roofline:
+    """Measure the ceilings: 1 GiB copied, 8192 x 8192 matrices multiplied (float32 as torch's switch for TF32 says)."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    calls = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=out)}
+    best = {name: min(samples) for name, samples in measure(calls, 1.0).items()}
+    return Roofline(2 * source.numel() / best["copy"], 2 * 8192**3 / best["product"])
+
+
+# --- what the kernels are compared with ---------------------------------------------------------------------------
+
+
+def _layer(x, w, scale, shift, residual=None, *, activation="relu", **geometry):
+    y = _norm(functional.conv2d(x, w, None, **geometry), scale, shift)
+    y = y if residual is None else y + residual
+    return y.relu_() if activation == "relu" else y
+
+
+def _norm(x, scale, shift):
+    return functional.batch_norm(x, torch.zeros_like(shift), torch.ones_like(shift), scale, shift, eps=0)
+
+
+def _conv(x, w, scale, shift, residual, in_scale, in_shift, **options):
+    return _layer(x if in_scale is None else _norm(x, in_scale, in_shift).relu_(), w, scale, shift, residual, **options)
+
+
+def _bottleneck(
+    x, w1, b1, w2, b2, w3, b3, wd, bd, *, s1, s2, s3, sd, stride, dilation, groups, stride_in_1x1
+):  # fmt: skip
+    h = _layer(x, w1, s1, b1, stride=stride if stride_in_1x1 else 1)
+    middle = {"stride": 1 if stride_in_1x1 else stride, "padding": dilation, "dilation": dilation, "groups": groups}
+    h = _layer(h, w2, s2, b2, **middle)
+    side = x if wd is None else _layer(x, wd, sd, bd, stride=stride, activation="none")
+    return _layer(h, w3, s3, b3, side)
+
+
+def _basic_block(x, w1, b1, w2, b2, wd, bd, *, s1, s2, sd, stride, dilation):
+    h = _layer(x, w1, s1, b1, stride=stride, padding=dilation, dilation=dilation)
+    side = x if wd is None else _layer(x, wd, sd, bd, stride=stride, activation="none")
+    return _layer(h, w2, s2, b2, side, padding=dilation, dilation=dilation)
+
+
+def _stem(x, w, scale, shift, *, stride, padding, pool_kernel, pool_stride, pool_padding):
+    y = _layer(x, w, scale, shift, stride=stride, padding=padding)
+    return functional.max_pool2d(y, pool_kernel, pool_stride, pool_padding)
+
+
+def _preact_block(
+    x, in_scale, in_shift, weights, scales, shifts, wd, *, stride, dilation, groups, stride_in_1x1
+):  # fmt: skip
+    z = x if in_scale is None else _norm(x, in_scale, in_shift).relu_()
+    spatial = {"padding": dilation, "dilation": dilation}
+    path = [spatial | {"stride": stride}, spatial]
+    if len(weights) == 3:
+        middle = spatial | {"stride": 1 if stride_in_1x1 else stride, "groups": groups}
+        path = [{"stride": stride if stride_in_1x1 else 1}, middle, {}]
+    h = z
+    for i, geometry in enumerate(path):
+        last = i == len(path) - 1
+        h = _layer(h, weights[i], scales[i], shifts[i], activation="none" if last else "relu", **geometry)
+    return h + (x if wd is None else functional.conv2d(z, wd, stride=stride))
+
+
+def _dense_block(x, layers):
+    for layer in layers:
+        h = _norm(x, layer.in_scale, layer.in_shift).relu_()
+        if layer.w1 is not None:
+            h = _layer(h, layer.w1, layer.s1, layer.b1)
+        x = torch.cat([x, functional.conv2d(h, layer.w2, padding=1)], 1)
+    return x
+
+
+def _transition(x, in_scale, in_shift, w):
+    return functional.avg_pool2d(functional.conv2d(_norm(x, in_scale, in_shift).relu_(), w), 2)
+
+
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "conv_bn_act": _conv,
+    "bottleneck": _bottleneck,
+    "basic_block": _basic_block,
+    "stem": _stem,
+    "preact_block": _preact_block,
+    "dense_block": _dense_block,
+    "transition": _transition,
+}
+
+
+def eager(call: Sample) -> Tensor:
+    """The same call as an unfused model computes it, operator by operator."""
+    return FORMULAS[call.name](*call.args, **call.options)
+
+
+def contenders(
+    call: Sample, dtype: torch.dtype, device: torch.device, compiled: bool
+) -> dict[str, Callable[[], Tensor]]:
+    """Everything that computes a call, by name; every kernel with the configuration that it would be run with."""
+    found: dict[str, Callable[[], Tensor]] = {EAGER: functools.partial(eager, call)}
+    if compiled:
+        found[COMPILED] = functools.partial(torch.compile(FORMULAS[call.name]), *call.args, **call.options)
+    if not cudnn.unsupported(call.shape, dtype, device):
+        found[CUDNN] = functools.partial(call.run, "vendor")
+    for backend, kernels in plan.GPU_KERNELS.items():
+        if not kernels.unsupported(call.shape, dtype, device):
+            for candidate in kernels.candidates(call.shape, dtype, device):
+                run = functools.partial(call.run_kernel, kernels, candidate.algorithm)
+                found[f"{backend} {candidate.algorithm}"] = run
+    return found
+
+
+# --- the job ------------------------------------------------------------------------------------------------------
+
+
+def row(shape: Shape, name: str, samples: list[float], ceiling: Roofline, itemsize: int) -> dict[str, Any]:
+    """One line of the result: a contender at a shape."""
+    seconds = median(samples)
+    return {
+        "shape": str(shape),
+        "op": shape.op,
+        "name": name,
+        "us": seconds * 1e6,
+        "tflops": flops(shape) / seconds / 1e12,
+        "gb_per_s": traffic(shape, itemsize) / seconds / 1e9,
+        "roofline": ceiling.seconds(shape, itemsize) / seconds,
+        "bound": ceiling.bound(shape, itemsize),
+        "samples": samples,
+    }
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """How many times as fast as eager, cuDNN's fused call and torch.compile each line of one shape is."""
+    times = {line["name"]: line["us"] for line in rows}
+    for line in rows:
+        for key, other in (("vs_eager", EAGER), ("vs_cudnn", CUDNN), ("vs_compile", COMPILED)):
+            line[key] = times[other] / line["us"] if other in times else None
+
+
+def run(
+    shapes: Iterable[Shape],
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float,
+    compiled: bool,
+    measure: Measure,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure shapes; the result is ready for `json.dump`. `seconds` is spent on each shape."""
+    ceiling = roofline(dtype, device, measure)
+    lines: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        for shape in shapes:
+            say(str(shape))
+            call = sample(shape, dtype, device)
+            samples = measure(contenders(call, dtype, device, compiled), seconds)
+            rows = [row(shape, name, values, ceiling, dtype.itemsize) for name, values in samples.items()]
+            add_ratios(rows)
+            lines += rows
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes_per_second": ceiling.bytes_per_second,
+        "flops_per_second": ceiling.flops_per_second,
+        "rows": lines,
+    }
+
+
+def table(result: dict[str, Any], names: dict[str, str]) -> Table:
+    """The result as a table; `names` gives shapes short names."""
+    columns = ("shape", "kernel", "us", "TFLOP/s", "GB/s", "roofline", "bound", "/eager", "/cuDNN", "/compile")
+    made = Table(*columns, title=f"{result.get('gpu', '')} {result['dtype']}".strip())
+    last = None
+    for line in result["rows"]:
+        figures = [f"{line['us']:.1f}", f"{line['tflops']:.0f}", f"{line['gb_per_s']:.0f}", f"{line['roofline']:.0%}"]
+        ratios = [f"{r:.2f}" if (r := line[key]) else "" for key in ("vs_eager", "vs_cudnn", "vs_compile")]
+        made.add_row(
+            "" if line["shape"] == last else names[line["shape"]], line["name"], *figures, line["bound"], *ratios
+        )
+        last = line["shape"]
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"default: {' '.join(MODELS)}")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument(
+        "--op", help="only shapes of this op: conv, bottleneck, basic_block, stem, dense_block, transition"
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="spent on each shape")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it compiles every shape")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    given = parser.parse_args(arguments)
+    try:
+        if unknown := [name for name in given.models if name not in rf.models.__all__]:
+            raise InputError(f"MODEL must be one of {', '.join(rf.models.__all__)}, got {unknown[0]!r}")
+        if not torch.cuda.is_available():
+            raise BackendError(f"the kernel benchmark needs a CUDA GPU, torch {torch.__version__} sees none")
+    except (InputError, BackendError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    wanted = [
+        shape
+        for name in given.models or MODELS
+        for shape in model_shapes(name, given.batch, MODELS.get(name, 224))
+        if given.op in (None, shape.op)
+    ]
+    console = Console()
+    measure = functools.partial(interleave, device=device)
+    shapes = list(dict.fromkeys(wanted))
+    result = run(shapes, DTYPES[given.dtype], device, given.seconds, not given.no_compile, measure, console.log)
+    result |= {
+        "gpu": environment.device_name("cuda"),
+        "versions": environment.versions(),
+        "commit": environment.commit(),
+    }
+    console.print(table(result, {str(shape): describe(shape) for shape in shapes}))
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
