@@ -9,6 +9,10 @@
 #   TORCH=...         the requirement; torch==2.13.0 for cpu, torch>=2.11 for cuda
 #   TORCH_INDEX=...   an index to take torch from. PyPI's torch for Linux is the CUDA build: it runs on a CPU too but is
 #                     large. The CPU build: make bench TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Which kernels are compiled:
+#   RESNET_FUSED_CUDA=0|1   0: none for CUDA. By default bench has them on a machine with a GPU and test everywhere; where
+#                           there is no CUDA toolkit, test takes nvcc and the headers from PyPI
+#   TORCH_CUDA_ARCH_LIST=...  8.0+PTX;9.0a by default
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +27,12 @@ PYTEST ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.24" "ninja>=1.11" "pybind11>=2.13"
-SOURCES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CUDA_TOOLKIT := "nvidia-cuda-nvcc==13.0.*" "nvidia-nvvm==13.0.*" "nvidia-cuda-crt==13.0.*" "nvidia-cuda-runtime==13.0.*"
+ifeq ($(filter test pytest wheel,$(MAKECMDGOALS))$(filter cuda,$(DEVICE)),)
+RESNET_FUSED_CUDA ?= 0
+endif
+export RESNET_FUSED_CUDA
+SOURCES := $(shell find csrc tests/native tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: bench test pytest lint build native-test wheel clean FORCE
@@ -34,7 +43,7 @@ bench: $(VENV)/.build
 
 test: lint pytest
 
-pytest: $(VENV)/.build $(VENV)/.test
+pytest: $(VENV)/.cuda $(VENV)/.build $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST)
 
 native-test: $(VENV)/.test
@@ -71,12 +80,21 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml
 	$(PIP) install --no-build-isolation -e ".[bench]"
 	@touch $@
 
-$(VENV)/.build: $(VENV)/.package CMakeLists.txt setup.py $(SOURCES)
+# nvcc needs no GPU; about 100 MB where it comes from PyPI.
+$(VENV)/.cuda: $(VENV)/pyvenv.cfg
+	@test -x "$(CUDA_HOME)/bin/nvcc" || test -x /usr/local/cuda/bin/nvcc || command -v nvcc >/dev/null || \
+		$(PIP) install $(CUDA_TOOLKIT)
+	@touch $@
+
+$(VENV)/cuda.txt: $(VENV)/pyvenv.cfg FORCE
+	@echo '$(RESNET_FUSED_CUDA)' | cmp -s - $@ || echo '$(RESNET_FUSED_CUDA)' > $@
+
+$(VENV)/.build: $(VENV)/.package $(VENV)/cuda.txt CMakeLists.txt setup.py $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-# torchvision serves for its models, which are plain Python: without its dependencies it leaves torch as it is.
+# torchvision and timm serve for their models, which are plain Python: without their dependencies they leave torch as it is.
 $(VENV)/.test: $(VENV)/.package
 	$(PIP) install --no-build-isolation -e ".[test,lint]"
-	$(PIP) install --no-deps torchvision
+	$(PIP) install --no-deps torchvision timm
 	@touch $@

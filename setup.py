@@ -1,7 +1,9 @@
 """Builds the native code through CMake; CMakeLists.txt holds the sources and flags, pyproject.toml the rest.
 
 RESNET_FUSED_NATIVE=0 installs pure Python, =1 makes a missing compiler an error; unset, a machine without a compiler
-gets pure Python and is told so, and everything else that goes wrong is an error. CXX and MAX_JOBS work as usual.
+gets pure Python and is told so, and everything else that goes wrong is an error. RESNET_FUSED_CUDA does the same for
+the CUDA kernels and nvcc, which is looked for in CUDA_HOME, PATH, /usr/local/cuda and site-packages; no GPU is needed.
+CXX, MAX_JOBS and TORCH_CUDA_ARCH_LIST work as usual.
 """
 
 from __future__ import annotations
@@ -37,6 +39,14 @@ def why_not_native() -> str:
     return reason
 
 
+def cuda_choice() -> str:
+    """RESNET_FUSED_CUDA: "0", "1" or "" (as far as there is a toolkit)."""
+    choice = os.environ.get("RESNET_FUSED_CUDA", "")
+    if choice not in ("", "0", "1"):
+        raise SystemExit(f"resnet_fused: RESNET_FUSED_CUDA must be 0, 1 or unset, got {choice!r}")
+    return choice
+
+
 class CMakeBuild(build_ext):
     """Runs CMake once for all extensions and puts what it built where setuptools expects it."""
 
@@ -55,6 +65,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DTORCH_ROOT={torch}",
             f"-DRESNET_FUSED_OUTPUT_DIR={tree / 'lib'}",
+            f"-DRESNET_FUSED_CUDA={cuda_choice()}",
         ]
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         try:

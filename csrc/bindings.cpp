@@ -11,6 +11,9 @@
 #include "cpu/cost.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
+#ifdef RESNET_FUSED_CUDA
+#include "bindings_cuda.h"
+#endif
 
 namespace {
 
@@ -93,6 +96,7 @@ Block block_of(const std::string& op, const Dims& d, DType dtype, Algorithm algo
     s.groups = get(d, "groups");
     set(0, s);
     if (get(d, "residual")) b.residual = &shortcut;
+    if (get(d, "prologue")) b.in_scale = b.in_shift = &shortcut;
   } else if (op == "bottleneck") {
     const int mid = get(d, "mid"), out = get(d, "out"), stride1 = get(d, "stride1"), stride2 = get(d, "stride2");
     set(0, square_conv(get(d, "c"), mid, 1, stride1, 1));
@@ -104,6 +108,23 @@ Block block_of(const std::string& op, const Dims& d, DType dtype, Algorithm algo
     set(0, square_conv(get(d, "c"), mid, 3, stride, dilation));
     set(1, square_conv(mid, out, 3, 1, dilation));
     project(stride, out);
+  } else if (op == "preact_block") {
+    const int mid = get(d, "mid"), out = get(d, "out"), stride1 = get(d, "stride1"), stride2 = get(d, "stride2"),
+              dilation = get(d, "dilation");
+    if (get(d, "bottleneck")) {
+      set(0, square_conv(get(d, "c"), mid, 1, stride1, 1));
+      set(1, square_conv(mid, mid, 3, stride2, dilation));
+      set(2, square_conv(mid, out, 1, 1, 1));
+    } else {
+      set(0, square_conv(get(d, "c"), mid, 3, stride1, dilation));
+      set(1, square_conv(mid, out, 3, stride2, dilation));
+    }
+    project(stride1 * stride2, out);
+    b.in_scale = b.in_shift = &shortcut;
+  } else if (op == "transition") {
+    set(0, square_conv(get(d, "c"), get(d, "k"), 1, 1, 1));
+    b.in_scale = b.in_shift = &shortcut;
+    b.average = true;
   } else if (op == "stem") {
     ConvShape s;
     s.c = get(d, "c");
@@ -116,9 +137,24 @@ Block block_of(const std::string& op, const Dims& d, DType dtype, Algorithm algo
     b.layers[0].algorithm = Algorithm::kDirect;
     b.pool = {get(d, "pool_kernel"), get(d, "pool_stride"), get(d, "pool_padding")};
   } else {
-    throw py::value_error("op: expected conv, bottleneck, basic_block or stem, got " + op);
+    throw py::value_error(
+        "op: expected conv, bottleneck, basic_block, preact_block, dense_block, transition or stem, got " + op);
   }
   return b;
+}
+
+DenseShape dense_shape_of(const Dims& d, DType dtype, Algorithm algorithm) {
+  DenseShape s;
+  s.n = get(d, "n");
+  s.h = get(d, "h");
+  s.w = get(d, "w");
+  s.c = get(d, "c");
+  s.growth = get(d, "growth");
+  s.mid = get(d, "mid");
+  s.count = get(d, "depth");
+  s.dtype = dtype;
+  s.algorithm = algorithm;
+  return s;
 }
 
 py::dict cost(const std::string& op, const Dims& dims, const std::string& dtype, const std::string& algorithm,
@@ -132,8 +168,16 @@ py::dict cost(const std::string& op, const Dims& dims, const std::string& dtype,
     a = Algorithm::kWinograd4;
   else if (algorithm != "direct" && algorithm != "vendor")
     throw py::value_error("algorithm: expected direct, winograd2, winograd4 or vendor, got " + algorithm);
-  const Block b = block_of(op, dims, dtype == "bfloat16" ? DType::kBf16 : DType::kF32, a);
-  const Cost c = algorithm == "vendor" ? vendor_cost(b, threads) : block_cost(kernels(), b, threads);
+  const DType type = dtype == "bfloat16" ? DType::kBf16 : DType::kF32;
+  const bool vendor = algorithm == "vendor";
+  Cost c;
+  if (op == "dense_block") {
+    const DenseShape s = dense_shape_of(dims, type, a);
+    c = vendor ? vendor_dense_cost(s, threads) : dense_cost(kernels(), s, threads);
+  } else {
+    const Block b = block_of(op, dims, type, a);
+    c = vendor ? vendor_cost(b, threads) : block_cost(kernels(), b, threads);
+  }
   py::dict d;
   d["seconds"] = c.seconds;
   d["flops"] = c.flops;
@@ -160,4 +204,7 @@ PYBIND11_MODULE(_bindings, m) {
   m.def("pool_limit", &pool_limit, "Most bytes of idle outputs that are kept.");
   m.def("set_pool_limit", &set_pool_limit, py::arg("bytes"));
   m.def("poison_workspaces", &poison_workspaces, "Fill the workspaces with NaN (tests).");
+#ifdef RESNET_FUSED_CUDA
+  bind_cuda(m);
+#endif
 }

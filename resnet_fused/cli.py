@@ -1,9 +1,10 @@
-"""The command line, `resnet-fused`: bench, verify, explain, env."""
+"""The command line, `resnet-fused`: bench, verify, explain, info, tune, env."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,11 +15,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from . import bench as benchmark
-from . import environment, report
+from . import environment, models, report
+from . import tune as tuning
+from .complexity import info as count
 from .errors import BackendError, InputError
 from .explain import explain as explain_model
 from .fuse import fuse
-from .kernels import native
+from .kernels import cuda, native
 from .verify import verify as verify_model
 
 app = typer.Typer(
@@ -117,6 +120,56 @@ def explain(
 
 
 @app.command()
+def info(
+    model: Model = "resnet50",
+    image: Annotated[
+        int | None, typer.Option(help="Height and width in pixels; the model's usual if left out.")
+    ] = None,
+) -> None:
+    """Show a model's parameters, multiply-adds, layers and depth, stage by stage."""
+    with errors_in_one_sentence():
+        entry = models.find(model)
+        pixels = entry.image if image is None else image
+        if pixels < 32:
+            raise InputError(f"--image must be at least 32, got {pixels}")
+        with torch.device("meta"):  # shapes only: nothing is computed
+            counted = count(entry.make().eval(), torch.empty(1, 3, pixels, pixels))
+        console.print(replace(counted, model=model))
+
+
+@app.command()
+def tune(
+    model: Model = "resnet50",
+    batch: Batch = 64,
+    dtype: Dtype = "bf16",
+    seconds: Annotated[float, typer.Option(help="Time to spend on measuring each shape.")] = 2.0,
+) -> None:
+    """Measure every kernel and configuration for a model's shapes on this GPU; later calls use what was fastest."""
+    with errors_in_one_sentence():
+        if not torch.cuda.is_available():
+            raise BackendError("tuning needs a CUDA GPU, and torch sees none")
+        unfused, x = benchmark.prepare(benchmark.Job(model, batch, (dtype,), "cuda"), dtype)
+        shapes = tuning.shapes_of(fuse(unfused), x)
+        columns = (TextColumn("{task.description:<60}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("start", total=1.0)
+            result = tuning.tune(
+                shapes,
+                x.dtype,
+                x.device,
+                seconds,
+                lambda what, share: progress.update(task, description=what[:60], completed=share),
+            )
+        table = Table("shape", "fastest", "us", "others, times as slow", title=f"Tuned for {result.gpu}, {dtype}")
+        for tuned in result.shapes:
+            (best, least), *others = tuned.seconds.items() or [("none ran", 0.0)]
+            slower = ", ".join(f"{name} {seconds / least:.2f}" for name, seconds in others)
+            table.add_row(str(tuned.shape), best, f"{least * 1e6:.1f}", slower)
+        console.print(table)
+        console.print(f"written to {result.path}", soft_wrap=True)
+
+
+@app.command()
 def env(
     kernels: Annotated[bool, typer.Option("--kernels", help="List the compiled kernels as well.")] = False,
 ) -> None:
@@ -129,14 +182,18 @@ def env(
     table.add_row("threads", str(torch.get_num_threads()))
     table.add_row("GPU", environment.device_name("cuda") if torch.cuda.is_available() else "none that torch can use")
     table.add_row("native library", "loaded" if native.available() else f"not loaded: {native.reason()}")
+    table.add_row("CUDA kernels", cuda.built() or "built")
     table.add_row("instruction set in use", in_use)
     table.add_row("instruction sets here", ", ".join(runnable) or "none")
     console.print(table)
     if kernels:
-        entries = environment.kernel_table()
-        listing = Table(title="Compiled kernels")
-        for name in entries[0] if entries else ("kernel",):
-            listing.add_column(name, overflow="fold")
-        for entry in entries:
-            listing.add_row(*map(str, entry.values()))
-        console.print(listing)
+        for title, entries in (
+            ("Compiled kernels", environment.kernel_table()),
+            ("Compiled CUDA kernels", environment.cuda_kernel_table()),
+        ):
+            listing = Table(title=title)
+            for name in entries[0] if entries else ("kernel",):
+                listing.add_column(name, overflow="fold")
+            for entry in entries:
+                listing.add_row(*map(str, entry.values()))
+            console.print(listing)

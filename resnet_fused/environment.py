@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ._version import __version__
-from .kernels import native
+from .kernels import cuda, native
 
 
 def device_name(device: str) -> str:
@@ -56,3 +56,8 @@ def instruction_sets() -> tuple[str, list[str]]:
 def kernel_table() -> list[dict[str, object]]:
     """The compiled kernels, one mapping each; empty without the native library."""
     return list(native.bindings.kernel_table()) if native.bindings is not None else []
+
+
+def cuda_kernel_table() -> list[dict[str, object]]:
+    """The compiled CUDA kernels, one mapping each; registers and occupancy are None where no GPU tells them."""
+    return list(native.bindings.cuda_kernel_table()) if native.bindings is not None and cuda.built() is None else []
