@@ -137,8 +137,8 @@ MODELS: dict[str, Entry] = {
     "regnet_y_400mf": Entry("torchvision", _torchvision("regnet_y_400mf"), 0.95),
     "googlenet": Entry("torchvision", _torchvision("googlenet", **_NO_AUXILIARY), 1.0),
     "inception_v3": Entry("torchvision", _torchvision("inception_v3", **_NO_AUXILIARY), 1.0, 80),
-    "Faster R-CNN backbone": Entry(
-        "torchvision", _torchvision(_DETECTION, backbone_name="resnet50", weights=None), 0.8, 128
+    "Faster R-CNN's ResNet-50": Entry(
+        "torchvision", lambda: _torchvision(_DETECTION, backbone_name="resnet50", weights=None)().body, 0.95
     ),
     "fcn_resnet50": Entry(
         "torchvision", _torchvision("segmentation.fcn_resnet50", weights=None, weights_backbone=None), 0.95
@@ -154,7 +154,7 @@ MODELS: dict[str, Entry] = {
     "timm densenet121": Entry("timm", _timm("densenet121"), 1.0),
     "timm res2net50_26w_4s": Entry("timm", _timm("res2net50_26w_4s"), 1.0),
     "ResNetForImageClassification": Entry(
-        "transformers", _transformers("ResNetForImageClassification", "ResNetConfig"), 1.0
+        "transformers", _transformers("ResNetForImageClassification", "ResNetConfig", num_labels=1000), 1.0
     ),
     "RTDetrResNetBackbone": Entry(
         "transformers", _transformers("RTDetrResNetBackbone", "RTDetrResNetConfig", **_FEATURES), 0.95

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cmake_tree
 import pytest
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch import Tensor
 from resnet_fused.kernels.layout import nhwc, nhwc_slice, pixel_pitch
 from resnet_fused.shapes import conv_out
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = cmake_tree.ROOT
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """In the order of the library's DType."""
 
@@ -60,23 +61,14 @@ def build(name: str, target: str, flags: str = "-O2", sanitize: str = "") -> Pat
         flags: of the compiler. Sanitizers take minutes to compile at -O3.
         sanitize: what goes to -fsanitize=.
     """
-    tree = ROOT / "build" / f"cuda-{name}"
     options = [
-        "-DRESNET_FUSED_EXTENSION=OFF",
         "-DRESNET_FUSED_CUDA_TESTS=ON",
         "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
         f"-DCMAKE_CXX_FLAGS_RELWITHDEBINFO={flags}",
         f"-DRESNET_FUSED_SANITIZE={sanitize}",
         f"-DPython_EXECUTABLE={sys.executable}",
     ]
-    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", *options],
-        ["cmake", "--build", str(tree), "-j", jobs, "--target", target],
-    ):
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
-    return tree
+    return cmake_tree.build(f"cuda-{name}", options, target)
 
 
 def _fields(*groups: tuple[str, Any]) -> list[tuple[str, Any]]:

@@ -7,9 +7,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import cmake_tree
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 
 pytestmark = pytest.mark.skipif(
@@ -19,17 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def build(name: str, *options: str) -> Path:
-    """The build tree of one variant; kept in build/, so that a second run compiles only what changed."""
-    tree = ROOT / "build" / f"native-{name}"
-    flags = ["-DRESNET_FUSED_EXTENSION=OFF", "-DRESNET_FUSED_NATIVE_TESTS=ON", *options]
-    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", *flags],
-        ["cmake", "--build", str(tree), "-j", jobs],
-    ):
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
-    return tree
+    return cmake_tree.build(f"native-{name}", ["-DRESNET_FUSED_NATIVE_TESTS=ON", *options])
 
 
 def run(tree: Path, *arguments: str, **environment: str) -> None:

@@ -1,7 +1,7 @@
 """Do the checks of the Triton kernels notice a bug? One planted bug after another, each in a process of its own.
 
 `python tests/triton_mutants.py [TEXT]` prints one JSON line for every mutant (with TEXT in its file or bug): which
-check caught it, or null. A mutant may write where it likes, so it must not share a process with anything; forking one
+check caught it, or null; `--list` only names them. A mutant may write where it likes, so it must not share a process with anything; forking one
 that has imported torch and Triton costs little.
 """
 
@@ -373,7 +373,10 @@ def main() -> None:
     assert triton.language is not None
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     for mutant in MUTANTS:
-        if wanted in f"{mutant.file}: {mutant.bug}":
+        name = f"{mutant.file}: {mutant.bug}"
+        if wanted == "--list":
+            print(name)
+        elif wanted in name:
             print(json.dumps(in_a_child(mutant)), flush=True)
 
 

@@ -22,10 +22,11 @@ namespace {
 
 constexpr int64_t kLine = 64;                // bytes of a cache line
 constexpr int64_t kPanelLimit = 200 * 1024;  // larger panels are taken one tap row at a time, partial sums in L2
-// One chain over the 4608 products of a late 3x3 convolution would err 2 to 4 times as much as torch's; chains of 256
-// err less, for 1% of the time. F(2x2, 3x3) at accuracy="strict" needs 64 (4%) to stay within 1.9 times on every block
-// of ResNet-18, 34 and 50, images of 33 to 224 pixels; 128 gave 2.9.
-constexpr int kSegment = 256, kWinograd2Segment = 64;
+// One chain over the 4608 products of a late 3x3 convolution would err 2 to 4 times as much as torch's. Chains of 256
+// err less for 1% of the time, but a 1x1 over 256 channels alone still 2.8 times; of 128, 1.8 times. F(2x2, 3x3) at
+// accuracy="strict" needs 64 (4%) to stay within 1.9 times on every block of ResNet-18, 34 and 50, images of 33 to 224
+// pixels; 128 gave 2.9. So does a transition (3.5 times with 256, 3.0 with 128): unfused, its errors are averaged too.
+constexpr int kSegment = 128, kFineSegment = 64;
 constexpr int64_t kAheadBytes = 512 * 1024;  // of x, prefetched into L2 at most
 constexpr int64_t kGroupBytes = 512 * 1024;  // of A, gathered at once
 
@@ -741,7 +742,7 @@ class Unit {
         const int64_t group_offset = int64_t{n / st.pack.panels} * (s.c / s.groups) * 4;  // groups are float32
         GemmArgs args{};
         args.lda = st.gather ? st.gather_pitch : lda;
-        args.segment = kSegment;
+        args.segment = block_.average ? kFineSegment : kSegment;
         args.words = words;
         args.b = weights(st) + n * st.pack.panel_bytes;
         args.b2 = args.b + st.pack.panel_bytes;
@@ -871,7 +872,7 @@ class Unit {
     auto multiply = [&](int f, int n, float* first_product) {
       GemmArgs args{};
       args.lda = g.pitch * 4;
-      args.segment = st.m == 2 ? kWinograd2Segment : kSegment;
+      args.segment = st.m == 2 ? kFineSegment : kSegment;
       args.taps = &tap;
       args.tap_count = 1;
       args.words = st.pack.words;
