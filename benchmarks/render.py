@@ -2,8 +2,8 @@
 
     python benchmarks/render.py [--check]
 
-Every figure in the README comes from benchmarks/results, by this script: speed from <device>/main.json, the table of
-models from compatibility.json.
+Every figure in the README comes from benchmarks/results, by this script: speed from <device>/main.json, the models from
+compatibility.json.
 """
 
 import json

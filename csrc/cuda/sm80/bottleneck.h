@@ -37,7 +37,8 @@ struct BottleneckTile {
 
 template <class Tile>
 // Any number of registers: left to guess, ptxas keeps to 168 for sm_100 and spills 8 bytes.
-__global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) bottleneck_kernel(const __grid_constant__ BottleneckParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads)
+    bottleneck_kernel(const __grid_constant__ BottleneckParams p) {
   using T = typename Tile::T;
   using Pixels = typename Tile::Pixels;
   DYN_SMEM(smem);
