@@ -1,8 +1,8 @@
 """Do the checks of the Triton kernels notice a bug? One planted bug after another, each in a process of its own.
 
 `python tests/triton_mutants.py [TEXT]` prints one JSON line for every mutant (with TEXT in its file or bug): which
-check caught it, or null; `--list` only names them. A mutant may write where it likes, so it must not share a process with anything; forking one
-that has imported torch and Triton costs little.
+check caught it, or null; `--list` only names them. A mutant may write where it likes, so it must not share a process
+with anything; forking one that has imported torch and Triton costs little.
 """
 
 from __future__ import annotations
