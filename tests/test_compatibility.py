@@ -10,7 +10,6 @@ import pytest
 import thirdparty
 import torch
 import torch._dynamo.testing
-import torch._inductor
 from nets import assert_parity, images, ops_run
 from torch import nn
 from torch.nn import functional
@@ -343,17 +342,6 @@ def test_export():
     larger = images(5, 32)
     with torch.no_grad():
         torch.testing.assert_close(exported.module()(larger), fast(larger), rtol=1e-5, atol=1e-5)
-
-
-def test_ahead_of_time_inductor(tmp_path):
-    model = rf.models.randomize_batchnorms(nn.Sequential(plain.BasicBlock(8, 8))).eval()
-    fast, x = rf.fuse(model), torch.randn(2, 8, 6, 6)
-    with torch.no_grad():
-        exported = torch.export.export(fast, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
-        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
-        larger = torch.randn(5, 8, 6, 6)
-        loaded = torch._inductor.aoti_load_package(package)
-        torch.testing.assert_close(loaded(larger), fast(larger), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
