@@ -56,6 +56,8 @@ def unsupported(shape: Shape, dtype: torch.dtype, device: torch.device) -> str |
         return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return f"it needs a CUDA GPU of compute capability 8.0 or newer, x.device is {device}"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
     arch = architecture(device)
     if arch.capability < (8, 0):
         return f"it needs compute capability 8.0 or newer, {arch.name} has {'.'.join(map(str, arch.capability))}"
