@@ -45,7 +45,9 @@ def layouts_kernel():
 @functools.cache
 def triton_layouts() -> dict[str, object]:
     source = GluonASTSource(fn=layouts_kernel, signature={}, constexprs={}, attrs={})
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True  # from its cache, nothing would call keep
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     return found
 
 
