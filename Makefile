@@ -1,8 +1,8 @@
 # Every target sets itself up in .venv from a fresh clone. Needed beforehand: Python >= 3.10 and a C++ compiler.
 #
 #   make bench   the main job: ResNet-50 fused, verified and timed (BENCH="--dtype bf16" passes arguments on)
-#   make test    linters, type checks and the tests (PYTEST="-k fuse" passes arguments on; PYTEST=--all-planted-bugs
-#                takes a quarter of an hour more)
+#   make test    linters, type checks and the tests (PYTEST="-k fuse" passes arguments on; PYTEST=--thorough
+#                plants every bug and runs more sanitizers, for half an hour more)
 #   make build | lint | pytest | native-test | wheel | clean
 #
 # Which torch is installed:

@@ -16,17 +16,18 @@ hypothesis.settings.load_profile("default")
 
 
 SHARE_OF_PLANTED_BUGS = 8
-"""Without --all-planted-bugs, every so-many-th is run: all of them take a quarter of an hour."""
+"""Without --thorough, every so-many-th is run: all of them take a quarter of an hour."""
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all-planted-bugs", action="store_true", help="plant every bug, not a sample of them")
+    parser.addoption("--thorough", action="store_true", help="plant every bug, and run the tests marked thorough")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--all-planted-bugs"):
+    if not config.getoption("--thorough"):
         planted = [item for item in items if item.name.startswith("test_planted_bugs")]
         skipped = set(planted) - set(planted[::SHARE_OF_PLANTED_BUGS])
+        skipped |= {item for item in items if item.get_closest_marker("thorough")}
         config.hook.pytest_deselected(items=list(skipped))
         items[:] = [item for item in items if item not in skipped]
 

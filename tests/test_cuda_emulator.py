@@ -24,6 +24,7 @@ def test_as_it_is() -> None:
     assert result.stdout.endswith(" 0 failed\n")
 
 
+@pytest.mark.thorough
 def test_address_sanitizer() -> None:
     tree = cuda_emulated.build("address", "test_emulator", "-O1 -g1", "address,undefined")
     # A launch that a violation ends abandons its threads with what they own.
@@ -34,6 +35,7 @@ def test_address_sanitizer() -> None:
     assert "AddressSanitizer" in overrun.stderr
 
 
+@pytest.mark.thorough
 def test_thread_sanitizer() -> None:
     tree = cuda_emulated.build("thread", "test_emulator", "-O1 -g1", "thread")
     race = run(tree, "race")

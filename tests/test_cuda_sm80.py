@@ -45,7 +45,7 @@ def small(folder: Path, parts: Sequence[str], sanitizer: str = "", bug: Bug | No
     return program(folder, "test_sm80.cpp", "small_sm80.cu", [f"SMALL_{part}" for part in parts], sanitizer, bug)
 
 
-@pytest.mark.parametrize("sanitizer", [ASAN, TSAN])
+@pytest.mark.parametrize("sanitizer", [pytest.param(ASAN, marks=pytest.mark.thorough), TSAN])
 def test_sanitized(folder: Path, sanitizer: str) -> None:
     """No access out of bounds, and none that a barrier should have ordered and did not."""
     assert_passes(run(small(folder, PARTS, sanitizer), "--quick"))

@@ -48,7 +48,7 @@ def test_schedules(folder: Path, schedule: dict[str, str]) -> None:
     assert_passes(run(small(folder, PARTS), "", "integers", **schedule))
 
 
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@pytest.mark.parametrize("sanitizer", ["address,undefined", pytest.param("thread", marks=pytest.mark.thorough)])
 def test_sanitized(folder: Path, sanitizer: str) -> None:
     """No access out of bounds, and none that a barrier should have ordered and did not."""
     assert_passes(run(small(folder, PARTS, sanitizer), "", "integers"))
