@@ -68,7 +68,7 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def _without_compiled_operators() -> Iterator[None]:
+def without_compiled_operators() -> Iterator[None]:
     """torchvision imports although its compiled operators do not match the installed torch: no model needs them."""
     register_fake = torch.library.register_fake
 
@@ -86,7 +86,7 @@ def _without_compiled_operators() -> Iterator[None]:
 
 def _torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        with _without_compiled_operators():
+        with without_compiled_operators():
             from torchvision import models
 
         module: Any = models
@@ -100,7 +100,7 @@ def _torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
 
 def _timm(name: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        with _without_compiled_operators(), warnings.catch_warnings():
+        with without_compiled_operators(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about names that timm maps to newer ones
             import timm
 
@@ -111,7 +111,7 @@ def _timm(name: str) -> Callable[[], nn.Module]:
 
 def _transformers(name: str, config: str, **options: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        with _without_compiled_operators():
+        with without_compiled_operators():
             import transformers
 
             return getattr(transformers, name)(getattr(transformers, config)(**options))

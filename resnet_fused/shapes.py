@@ -76,8 +76,26 @@ class Conv:
         return [self]
 
 
+class _Layers:
+    """What follows from a block's layers."""
+
+    def layers(self) -> list[Conv]:
+        """The layers it is made of, in the order they run."""
+        raise NotImplementedError
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(n, out, output height, output width)."""
+        return self.layers()[-1].output_shape
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of its convolutions."""
+        return sum(layer.flops for layer in self.layers())
+
+
 @dataclass(frozen=True)
-class Bottleneck:
+class Bottleneck(_Layers):
     """1x1 (stride1), 3x3 (stride2, dilation, groups), 1x1, plus the input or its 1x1 projection."""
 
     n: int
@@ -93,16 +111,6 @@ class Bottleneck:
     projection: bool = False
 
     op = "bottleneck"
-
-    @property
-    def output_shape(self) -> tuple[int, int, int, int]:
-        """(n, out, output height, output width)."""
-        return self.layers()[-1].output_shape
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of its convolutions."""
-        return sum(layer.flops for layer in self.layers())
 
     @property
     def winograd(self) -> bool:
@@ -127,7 +135,7 @@ class Bottleneck:
 
 
 @dataclass(frozen=True)
-class BasicBlock:
+class BasicBlock(_Layers):
     """3x3 (stride, dilation), 3x3 (dilation), plus the input or its 1x1 projection."""
 
     n: int
@@ -141,16 +149,6 @@ class BasicBlock:
     projection: bool = False
 
     op = "basic_block"
-
-    @property
-    def output_shape(self) -> tuple[int, int, int, int]:
-        """(n, out, output height, output width)."""
-        return self.layers()[-1].output_shape
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of its convolutions."""
-        return sum(layer.flops for layer in self.layers())
 
     @property
     def winograd(self) -> bool:
@@ -216,7 +214,7 @@ class Stem:
 
 
 @dataclass(frozen=True)
-class PreActBlock:
+class PreActBlock(_Layers):
     """Scale, shift and ReLU of the input, then two 3x3 or 1x1-3x3-1x1, plus the input or the projected activations.
 
     The full pre-activation block of "Identity Mappings in Deep Residual Networks" (He et al., 2016): nothing follows
@@ -238,16 +236,6 @@ class PreActBlock:
     prologue: bool = True
 
     op = "preact_block"
-
-    @property
-    def output_shape(self) -> tuple[int, int, int, int]:
-        """(n, out, output height, output width)."""
-        return self.layers()[-1].output_shape
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of its convolutions."""
-        return sum(layer.flops for layer in self.layers())
 
     @property
     def winograd(self) -> bool:
@@ -280,7 +268,7 @@ class PreActBlock:
 
 
 @dataclass(frozen=True)
-class DenseBlock:
+class DenseBlock(_Layers):
     """Layers that each append `growth` channels to what they read: (prologue, 1x1 to `mid`, ReLU,) prologue, 3x3.
 
     `depth` layers; `mid` is 0 where they have no 1x1 (DenseNet without B).
@@ -301,11 +289,6 @@ class DenseBlock:
     def output_shape(self) -> tuple[int, int, int, int]:
         """(n, c + depth * growth, h, w)."""
         return (self.n, self.c + self.depth * self.growth, self.h, self.w)
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of its convolutions."""
-        return sum(layer.flops for layer in self.layers())
 
     def dims(self) -> dict[str, int]:
         """The geometry as the cost model takes it."""

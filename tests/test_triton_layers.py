@@ -459,6 +459,10 @@ def test_what_is_unsupported(monkeypatch):
     assert "x.dtype is torch.float64" in kernels.unsupported(shape, torch.float64, CPU)
     huge = Conv(1 << 17, 8, 128, 128, 8, 1, 1)
     assert "it takes at most" in kernels.unsupported(huge, torch.float16, CPU)
+    assert torch.cuda.is_available() or kernels.unsupported(shape, torch.float16, torch.device("cuda", 0)) == (
+        "torch sees no CUDA GPU"
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(kernels, "architecture", lambda device: Architecture("T4", (7, 5), 40, 64 << 10, 4 << 20))
     why = kernels.unsupported(shape, torch.float16, torch.device("cuda", 0))
     assert why == "it needs compute capability 8.0 or newer, T4 has 7.5"

@@ -20,6 +20,9 @@ from ._common import Spec, optional_spec, spec
 
 ACTIVATIONS = ("relu", "none")
 
+TORCH_LAYERS = {"onednn": vendor.conv_bn_act, "cudnn": cudnn.conv_bn_act, "torch": reference.conv_bn_act}
+"""The algorithms that are operators of torch."""
+
 library.define(
     "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor shift, Tensor? residual=None, Tensor? in_scale=None, "
     "Tensor? in_shift=None, *, int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, "
@@ -185,8 +188,7 @@ def run(
     if (kernels := common.KERNELS.get(choice.backend)) is not None:
         y = kernels.conv_bn_act(*tensors, algorithm=choice.algorithm, out=out, **geometry)
         return y if out is not None else common.like_format(y, x)
-    layer = {"onednn": vendor.conv_bn_act, "cudnn": cudnn.conv_bn_act, "torch": reference.conv_bn_act}
-    y = layer[choice.algorithm](*tensors, **geometry)
+    y = TORCH_LAYERS[choice.algorithm](*tensors, **geometry)
     return out.copy_(y) if out is not None else common.like_format(y, x)
 
 

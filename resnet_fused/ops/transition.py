@@ -78,7 +78,7 @@ def _run(
     else:
         layer, image = layer_runner(choice, x, accuracy)
         pooled = reference.pooled_prologue(image, in_scale, in_shift)
-        y = layer(pooled, weight, None, torch.zeros_like(in_shift[:1]).expand(weight.shape[0]), activation="none")
+        y = layer(pooled, weight, None, in_shift.new_zeros(weight.shape[0]), activation="none")
     return common.like_format(y, x)
 
 
