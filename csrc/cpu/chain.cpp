@@ -7,6 +7,7 @@
 // each level that the last step left and the windows still overlap, and computes the new ones. What is recomputed is
 // therefore only the overlap between bands.
 #include <algorithm>
+#include <atomic>
 #include <climits>
 #include <cstring>
 #include <stdexcept>
@@ -1017,17 +1018,21 @@ void run_chains(const Chain* first, const Chain* last, const Parallel& parallel)
     return;
   }
   const int band = static_cast<int>(ceil_div(out_h, p.bands));
-  auto units = [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) {
-      const int image = static_cast<int>(u / p.bands) * p.images, y = static_cast<int>(u % p.bands) * band;
-      const int images = std::min(p.images, n - image), bottom = p.bands == 1 ? INT_MAX : y + band;
-      for (const Chain* c = first; c != last; ++c)
-        if (y < c->out_h) Unit(*c, image, images, y, std::min(c->out_h, bottom)).run();
-    }
+  auto run_unit = [&](int64_t u) {
+    const int image = static_cast<int>(u / p.bands) * p.images, y = static_cast<int>(u % p.bands) * band;
+    const int images = std::min(p.images, n - image), bottom = p.bands == 1 ? INT_MAX : y + band;
+    for (const Chain* c = first; c != last; ++c)
+      if (y < c->out_h) Unit(*c, image, images, y, std::min(c->out_h, bottom)).run();
+  };
+  // Each thread takes the next unit when it is done with one: a thread that the system holds up delays nobody by more.
+  const int64_t count = ceil_div(n, p.images) * p.bands;
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    for (int64_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < count;) run_unit(u);
   };
   parallel.run(
-      ceil_div(n, p.images) * p.bands, [](int64_t a, int64_t b, void* f) { (*static_cast<decltype(units)*>(f))(a, b); },
-      &units);
+      std::min<int64_t>(count, parallel.threads),
+      [](int64_t, int64_t, void* f) { (*static_cast<decltype(work)*>(f))(); }, &work);
 }
 
 }  // namespace
