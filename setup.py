@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 from build_backend import TORCH, find_torch
@@ -87,6 +88,14 @@ class CMakeBuild(build_ext):
         return super().get_ext_filename(fullname)
 
 
+class AnyPythonWheel(bdist_wheel):
+    """One wheel for every Python 3: `_bindings.*.so` serves the one that builds it, `_bindings.py` all others."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """`py3-none` and the platform, `any` without native code."""
+        return ("py3", "none", super().get_tag()[2])
+
+
 reason = why_not_native()
 if reason:
     print(
@@ -96,5 +105,5 @@ if reason:
     )
 setup(
     ext_modules=[] if reason else [Extension("resnet_fused._native", []), Extension("resnet_fused._bindings", [])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
 )

@@ -1,190 +1,27 @@
-// resnet_fused._bindings: what is no tensor op. Instruction sets, the table of compiled kernels, the cost model,
-// memory.
+// resnet_fused._bindings: tables.h through pybind11. resnet_fused/_bindings.py is the same for other Pythons.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <map>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
-#include "cpu/cost.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
-#ifdef RESNET_FUSED_CUDA
-#include "bindings_cuda.h"
-#endif
+#include "tables.h"
 
 namespace {
 
 namespace py = pybind11;
+namespace tables = resnet_fused::tables;
 using namespace resnet_fused::cpu;
-using Dims = std::map<std::string, int64_t>;
 
-std::vector<std::string> isas() {
-  std::vector<std::string> names;
-  for (int i = 0; i < kIsaCount; ++i)
-    if (isa_runs(static_cast<Isa>(i))) names.push_back(isa_name(static_cast<Isa>(i)));
-  return names;
-}
-
-py::list kernel_table() {
-  py::list rows;
-  auto add = [&](const Kernels& k, const char* kernel, const char* dtype, int tile_rows, int columns, int depth) {
-    py::dict d;
-    d["isa"] = k.name;
-    d["kernel"] = kernel;
-    d["dtype"] = dtype;
-    d["tile_rows"] = tile_rows;
-    d["tile_columns"] = columns;
-    d["tile_depth"] = depth;
-    d["selected"] = &k == &kernels();
-    rows.append(d);
-  };
-  for (int i = 0; i < kIsaCount; ++i) {
-    if (!isa_runs(static_cast<Isa>(i))) continue;
-    const Kernels& k = kernels_of(static_cast<Isa>(i));
-    add(k, "direct", "float32", 2 * k.sub_max, k.panel, 1);
-    if (k.bf16_sub) add(k, "direct", "bfloat16", 2 * k.bf16_sub, k.panel, 2 * k.bf16_word_multiple);
-    add(k, "winograd2", "float32", 2 * k.sub_max, k.panel, 1);
-    add(k, "winograd4", "float32", 2 * k.sub_max, k.panel, 1);
-  }
-  return rows;
-}
-
-int get(const Dims& d, const char* name) {
-  const auto it = d.find(name);
-  if (it == d.end()) throw py::value_error(std::string("dims: missing ") + name);
-  return static_cast<int>(it->second);
-}
-
-// Shapes only. `shortcut` stands for a residual that is not null.
-Block block_of(const std::string& op, const Dims& d, DType dtype, Algorithm algorithm) {
-  static const float shortcut = 0;
-  Block b;
-  b.n = get(d, "n");
-  b.h = get(d, "h");
-  b.w = get(d, "w");
-  b.dtype = dtype;
-  auto set = [&](int l, const ConvShape& s) {
-    b.layers[l].shape = s;
-    b.layer_count = l + 1;
-    const bool fits =
-        s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dil_h == 1 && s.dil_w == 1 && s.groups == 1;
-    b.layers[l].algorithm = fits ? algorithm : Algorithm::kDirect;
-  };
-  auto project = [&](int stride, int out) {
-    if (get(d, "projection")) {
-      b.has_projection = true;
-      b.projection.shape = square_conv(get(d, "c"), out, 1, stride, 1);
-    } else {
-      b.x = b.residual = &shortcut;
-    }
-  };
-  if (op == "conv") {
-    ConvShape s;
-    s.c = get(d, "c");
-    s.k = get(d, "k");
-    s.r = get(d, "r");
-    s.s = get(d, "s");
-    s.stride_h = get(d, "stride_h");
-    s.stride_w = get(d, "stride_w");
-    s.pad_h = get(d, "pad_h");
-    s.pad_w = get(d, "pad_w");
-    s.dil_h = get(d, "dil_h");
-    s.dil_w = get(d, "dil_w");
-    s.groups = get(d, "groups");
-    set(0, s);
-    if (get(d, "residual")) b.residual = &shortcut;
-    if (get(d, "prologue")) b.in_scale = b.in_shift = &shortcut;
-  } else if (op == "bottleneck") {
-    const int mid = get(d, "mid"), out = get(d, "out"), stride1 = get(d, "stride1"), stride2 = get(d, "stride2");
-    set(0, square_conv(get(d, "c"), mid, 1, stride1, 1));
-    set(1, square_conv(mid, mid, 3, stride2, get(d, "dilation")));
-    set(2, square_conv(mid, out, 1, 1, 1));
-    project(stride1 * stride2, out);
-  } else if (op == "basic_block") {
-    const int mid = get(d, "mid"), out = get(d, "out"), stride = get(d, "stride"), dilation = get(d, "dilation");
-    set(0, square_conv(get(d, "c"), mid, 3, stride, dilation));
-    set(1, square_conv(mid, out, 3, 1, dilation));
-    project(stride, out);
-  } else if (op == "preact_block") {
-    const int mid = get(d, "mid"), out = get(d, "out"), stride1 = get(d, "stride1"), stride2 = get(d, "stride2"),
-              dilation = get(d, "dilation");
-    if (get(d, "bottleneck")) {
-      set(0, square_conv(get(d, "c"), mid, 1, stride1, 1));
-      set(1, square_conv(mid, mid, 3, stride2, dilation));
-      set(2, square_conv(mid, out, 1, 1, 1));
-    } else {
-      set(0, square_conv(get(d, "c"), mid, 3, stride1, dilation));
-      set(1, square_conv(mid, out, 3, stride2, dilation));
-    }
-    project(stride1 * stride2, out);
-    b.in_scale = b.in_shift = &shortcut;
-  } else if (op == "transition") {
-    set(0, square_conv(get(d, "c"), get(d, "k"), 1, 1, 1));
-    b.in_scale = b.in_shift = &shortcut;
-    b.average = true;
-  } else if (op == "stem") {
-    ConvShape s;
-    s.c = get(d, "c");
-    s.k = get(d, "k");
-    s.r = get(d, "r");
-    s.s = get(d, "s");
-    s.stride_h = s.stride_w = get(d, "stride");
-    s.pad_h = s.pad_w = get(d, "pad");
-    set(0, s);
-    b.layers[0].algorithm = Algorithm::kDirect;
-    b.pool = {get(d, "pool_kernel"), get(d, "pool_stride"), get(d, "pool_padding")};
-  } else {
-    throw py::value_error(
-        "op: expected conv, bottleneck, basic_block, preact_block, dense_block, transition or stem, got " + op);
-  }
-  return b;
-}
-
-DenseShape dense_shape_of(const Dims& d, DType dtype, Algorithm algorithm) {
-  DenseShape s;
-  s.n = get(d, "n");
-  s.h = get(d, "h");
-  s.w = get(d, "w");
-  s.c = get(d, "c");
-  s.growth = get(d, "growth");
-  s.mid = get(d, "mid");
-  s.count = get(d, "depth");
-  s.dtype = dtype;
-  s.algorithm = algorithm;
-  return s;
-}
-
-py::dict cost(const std::string& op, const Dims& dims, const std::string& dtype, const std::string& algorithm,
-              int threads) {
-  if (dtype != "float32" && dtype != "bfloat16")
-    throw py::value_error("dtype: expected float32 or bfloat16, got " + dtype);
-  Algorithm a = Algorithm::kDirect;
-  if (algorithm == "winograd2")
-    a = Algorithm::kWinograd2;
-  else if (algorithm == "winograd4")
-    a = Algorithm::kWinograd4;
-  else if (algorithm != "direct" && algorithm != "vendor")
-    throw py::value_error("algorithm: expected direct, winograd2, winograd4 or vendor, got " + algorithm);
-  const DType type = dtype == "bfloat16" ? DType::kBf16 : DType::kF32;
-  const bool vendor = algorithm == "vendor";
-  Cost c;
-  if (op == "dense_block") {
-    const DenseShape s = dense_shape_of(dims, type, a);
-    c = vendor ? vendor_dense_cost(s, threads) : dense_cost(kernels(), s, threads);
-  } else {
-    const Block b = block_of(op, dims, type, a);
-    c = vendor ? vendor_cost(b, threads) : block_cost(kernels(), b, threads);
-  }
+py::dict dict(const tables::Row& row) {
   py::dict d;
-  d["seconds"] = c.seconds;
-  d["flops"] = c.flops;
-  d["bytes"] = c.bytes;
-  d["workspace_bytes"] = c.workspace_bytes;
-  d["note"] = c.note;
+  for (const auto& [name, value] : row) d[name.c_str()] = py::cast(value);
   return d;
+}
+
+py::list dicts(const std::vector<tables::Row>& rows) {
+  py::list list;
+  for (const tables::Row& row : rows) list.append(dict(row));
+  return list;
 }
 
 }  // namespace
@@ -192,19 +29,38 @@ py::dict cost(const std::string& op, const Dims& dims, const std::string& dtype,
 PYBIND11_MODULE(_bindings, m) {
   m.doc() = "Instruction sets, kernel table, cost model and memory of the native library.";
   m.def("isa", [] { return kernels().name; }, "The instruction set in use.");
-  m.def("isas", &isas, "Those that this machine runs.");
+  m.def("isas", &tables::isas, "Those that this machine runs.");
   m.def(
       "set_isa", [](const std::string& name) { select_isa(isa_named(name)); }, py::arg("name"),
       "Use another one; packed weights depend on it.");
-  m.def("kernel_table", &kernel_table, "One dict a compiled kernel.");
-  m.def("cost", &cost, py::arg("op"), py::arg("dims"), py::arg("dtype"), py::arg("algorithm"), py::arg("threads"),
-        "Predicted seconds, FLOPs, bytes and workspace of a layer or block.");
+  m.def("kernel_table", [] { return dicts(tables::kernel_table()); }, "One dict a compiled kernel.");
+  m.def(
+      "cost",
+      [](const std::string& op, const tables::Dims& dims, const std::string& dtype, const std::string& algorithm,
+         int threads) { return dict(tables::cost(op, dims, dtype, algorithm, threads)); },
+      py::arg("op"), py::arg("dims"), py::arg("dtype"), py::arg("algorithm"), py::arg("threads"),
+      "Predicted seconds, FLOPs, bytes and workspace of a layer or block.");
   m.def("cached_bytes", &cached_bytes, "Bytes kept: idle outputs and workspaces.");
   m.def("release_memory", &release_memory, "Give them back to the system; no kernel may be running.");
   m.def("pool_limit", &pool_limit, "Most bytes of idle outputs that are kept.");
   m.def("set_pool_limit", &set_pool_limit, py::arg("bytes"));
   m.def("poison_workspaces", &poison_workspaces, "Fill the workspaces with NaN (tests).");
 #ifdef RESNET_FUSED_CUDA
-  bind_cuda(m);
+  m.def(
+      "cuda_kernel_table", [] { return dicts(tables::cuda_kernel_table()); },
+      "One dict a compiled CUDA kernel; registers and occupancy where a GPU tells.");
+  m.def(
+      "cuda_candidates",
+      [](const std::string& op, const tables::Dims& dims, const std::string& dtype, int arch, int multiprocessors,
+         int shared_bytes) {
+        std::string why;
+        py::list found;
+        for (const auto& c : tables::cuda_candidates(op, dims, dtype, arch, multiprocessors, shared_bytes, &why))
+          found.append(py::make_tuple(c.algorithm, c.kernel, c.microseconds));
+        return py::make_tuple(found, why);
+      },
+      py::arg("op"), py::arg("dims"), py::arg("dtype"), py::arg("arch"), py::arg("multiprocessors"),
+      py::arg("shared_bytes"),
+      "((algorithm, kernel, predicted microseconds), ...), best first, and why there is none.");
 #endif
 }

@@ -48,7 +48,7 @@ def _toolkit() -> bool:
 
 needs_toolkit = pytest.mark.skipif(
     not (_toolkit() and shutil.which("ninja") and shutil.which(os.environ.get("CXX", "c++"))),
-    reason="needs cmake, ninja, a C++ compiler and CUDA's headers (CUDA_HOME, or PyPI's nvidia-cuda-runtime)",
+    reason="needs cmake, ninja, a C++ compiler and CUDA's headers (CUDA_HOME, or PyPI's; see docs/cuda.md)",
 )
 
 

@@ -95,6 +95,8 @@ def test_blocks_have_kernels(dtype: torch.dtype) -> None:
     for shape in (
         Bottleneck(8, 256, 56, 56, 64, 256),
         Bottleneck(8, 64, 56, 56, 64, 256, projection=True),
+        Bottleneck(8, 512, 28, 28, 128, 512),
+        Bottleneck(8, 1024, 14, 14, 256, 1024),
         BasicBlock(8, 64, 56, 56, 64, 64),
         Stem(8, 3, 224, 224, 64, 7, 7),
     ):

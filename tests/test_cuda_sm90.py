@@ -13,7 +13,7 @@ from support import assert_parity, bottleneck_case, conv_case
 
 pytestmark = needs_toolkit
 
-PARTS = ("SHARED", "PING_PONG", "SPLIT", "DUAL", "BOTTLENECK")
+PARTS = ("SHARED", "PING_PONG", "SPLIT", "DUAL", "BOTTLENECK", "STREAMED")
 """Of tests/cuda/small_sm90.cu."""
 SCHEDULES = [
     {"EMULATOR_ORDER": "forward", "EMULATOR_ASYNC": "late"},
@@ -48,10 +48,17 @@ def test_schedules(folder: Path, schedule: dict[str, str]) -> None:
     assert_passes(run(small(folder, PARTS), "", "integers", **schedule))
 
 
-@pytest.mark.parametrize("sanitizer", ["address,undefined", pytest.param("thread", marks=pytest.mark.thorough)])
-def test_sanitized(folder: Path, sanitizer: str) -> None:
+@pytest.mark.parametrize(
+    ("sanitizer", "parts"),
+    [
+        ("address,undefined", PARTS[:-1]),
+        pytest.param("address,undefined", PARTS[-1:], marks=pytest.mark.thorough),
+        pytest.param("thread", PARTS, marks=pytest.mark.thorough),
+    ],
+)
+def test_sanitized(folder: Path, sanitizer: str, parts: Sequence[str]) -> None:
     """No access out of bounds, and none that a barrier should have ordered and did not."""
-    assert_passes(run(small(folder, PARTS, sanitizer), "", "integers"))
+    assert_passes(run(small(folder, parts, sanitizer), "", "integers"))
 
 
 BUGS = {
@@ -77,7 +84,7 @@ BUGS = {
     "groups do not take turns": ("PING_PONG", Bug("sm90/conv.h", "turns.wait(it);", "")),
     "only a cluster's first block learns of a free stage": (
         "PING_PONG",
-        Bug("sm90/conv.h", "if (lane < T::kCluster)", "if (lane < 1)"),
+        Bug("sm90/pipeline.h", "if (lane < kCluster)", "if (lane < 1)"),
     ),
     "a block leaves while others write to it": (
         "PING_PONG",
@@ -165,6 +172,83 @@ BUGS = {
         "BOTTLENECK",
         Bug("sm90/bottleneck64_geometry.h", "rows[] = {0, 1, 8, 2, 32}", "rows[] = {0, 1, 2, 8, 32}"),
     ),
+    # The streamed bottleneck
+    "slots let go one group of products early": (
+        "STREAMED",
+        Bug("sm90/bottleneck_streamed.h", "ptx::wg_wait<1>();", "ptx::wg_wait<2>();"),
+    ),
+    "sums read before the last products": (
+        "STREAMED",
+        Bug("sm90/bottleneck_streamed.h", "    ptx::wg_wait<0>();\n", ""),
+    ),
+    "slot full before the other block's share is there": (
+        "STREAMED",
+        Bug("sm90/bottleneck_streamed.h", "position, T::kWeightBytes);", "position, T::kWeightBytes / T::kCluster);"),
+    ),
+    "every block fetches the first share": (
+        "STREAMED",
+        Bug("sm90/bottleneck_streamed.h", "row + rank * kShare);", "row);"),
+    ),
+    "cluster left early": (
+        "STREAMED",
+        Bug("sm90/bottleneck_streamed.h", "  if constexpr (T::kCluster > 1) ptx::cluster_sync();", ""),
+    ),
+    "h1 replaces what is being stored": (
+        "STREAMED",
+        Bug(
+            "sm90/bottleneck_streamed.h",
+            "    if (leader()) ptx::tma_store_wait<0>();\n    sync();",
+            "    sync();",
+        ),
+    ),
+    "h1 replaced under the other group": (
+        "STREAMED",
+        Bug("sm90/bottleneck_streamed.h", "    sync();  // the tile before", "    //", "thread"),
+    ),
+    "streamed h1 is relu(b1) outside of the image": (
+        "STREAMED",
+        Bug("sm90/bottleneck_streamed.h", "? columns[half] : 0u", "? columns[half] : ~0u"),
+    ),
+    "streamed h1 is relu(b1) beside the image": (
+        "STREAMED",
+        Bug("sm90/bottleneck_streamed.h", "? 0xffff0000u : 0u", "? 0xffff0000u : 0xffff0000u"),
+    ),
+    "streamed h1 not shown to wgmma": (
+        "STREAMED",
+        Bug(
+            "sm90/bottleneck_streamed.h",
+            "    ptx::fence_async();\n    sync();\n  }",
+            "    sync();\n  }",
+        ),
+    ),
+    "h2 read before the other group has written": (
+        "STREAMED",
+        Bug("sm90/bottleneck_streamed.h", "    sync();  // h2 is there", "    //"),
+    ),
+    "rows of the halo too narrow": (
+        "STREAMED",
+        Bug("sm90/bottleneck_streamed.h", "tap / 3 * T::kHaloW", "tap / 3 * T::kTileW"),
+    ),
+    "pixels beside the tile stored": (
+        "STREAMED",
+        Bug("sm90/bottleneck_streamed.h", "pixel < T::kTileW ?", "true ?"),
+    ),
+    "shortcut of the pass before": (
+        "STREAMED",
+        Bug("sm90/bottleneck_streamed.h", "(shortcuts++) & 1", "shortcuts & 1"),
+    ),
+    "shortcut fetched over a store": (
+        "STREAMED",
+        Bug(
+            "sm90/bottleneck_streamed.h",
+            "        ptx::tma_store_wait<0>();\n        ptx::mbar_expect_tx",
+            "        ptx::mbar_expect_tx",
+        ),
+    ),
+    "result stored before every warp has written": (
+        "STREAMED",
+        Bug("sm90/bottleneck_streamed.h", "      group_sync();\n", "", "thread"),
+    ),
 }
 
 
@@ -198,6 +282,11 @@ def test_bottleneck_is_torchs(dtype: torch.dtype) -> None:
         short = "bf16" if dtype == torch.bfloat16 else "fp16"
         kernel = f"bottleneck90_{short}_64_{'projection' if projection else 'identity'}"
         assert_parity(bottleneck(*case.args, **case.options, kernel=kernel, device=H100), case)
+    case = bottleneck_case(1, 512, 9, 16, 128, 512, dtype=dtype)
+    for name in ("groups", "stride"):
+        del case.options[name]
+    kernel = f"bottleneck90_{short}_128_identity"
+    assert_parity(bottleneck(*case.args, **case.options, kernel=kernel, device=H100), case)
 
 
 def test_empty_batch() -> None:
@@ -223,6 +312,15 @@ def test_choice() -> None:
     assert chosen(64, 256, 14, 1024, 1).startswith("conv90_bf16_128x")
     for shape in [(1, 512, 7, 512, 3), (1, 2048, 7, 512, 1), (1, 256, 14, 256, 3)]:
         assert chosen(*shape).endswith("_split")
+
+
+@pytest.mark.parametrize(("mid", "size"), [(64, 56), (128, 28), (256, 14)])
+def test_bottleneck_choice(mid: int, size: int) -> None:
+    """An H100 takes the kernel made for it, an A100 (where mid 256 has none) another."""
+    case = bottleneck_case(8, 4 * mid, size, size, mid, 4 * mid, dtype=torch.bfloat16)
+    arguments = case.args[:7]
+    assert bottleneck(*arguments, device=H100, only_choose=True) == f"bottleneck90_bf16_{mid}_identity"
+    assert bottleneck(*arguments, kernel="whole", device=H100, only_choose=True) == f"bottleneck90_bf16_{mid}_identity"
 
 
 def test_table() -> None:

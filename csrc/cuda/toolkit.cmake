@@ -2,7 +2,8 @@
 # folders), CUDA_INCLUDE, CUDA_NVCC and CUDA_CUDART (the static runtime), or CUDA_LACKS, a phrase.
 #
 # Looked at, in this order: CUDA_ROOT, CUDA_HOME or CUDA_PATH of the environment, nvcc in PATH, /usr/local/cuda, and the
-# site-packages of Python_EXECUTABLE (PyPI: nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt, nvidia-cuda-runtime).
+# site-packages of Python_EXECUTABLE (PyPI: nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt, nvidia-cuda-runtime,
+# nvidia-cuda-cccl).
 set(CUDA_ROOT "" CACHE PATH "CUDA toolkit")
 set(CUDA_LACKS "")
 
@@ -46,6 +47,9 @@ else()
   set(CUDA_VERSION ${CMAKE_MATCH_1})
   if(NOT CUDA_INCLUDE)
     set(CUDA_LACKS "${CUDA_ROOT} has no cuda_runtime_api.h")
+  elseif(NOT EXISTS "${CUDA_INCLUDE}/nv/target" AND NOT EXISTS "${CUDA_INCLUDE}/cccl/nv/target")
+    set(CUDA_LACKS "${CUDA_INCLUDE} has no nv/target (PyPI: nvidia-cuda-cccl)")
+    set(CUDA_INCLUDE "")
   elseif(NOT CUDA_CUDART)
     set(CUDA_LACKS "${CUDA_ROOT} has no libcudart_static.a")
   elseif(CUDA_VERSION VERSION_LESS 12.4)

@@ -34,11 +34,16 @@ PTX_INLINE void wg_wait() {
 #define R_48 R_40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define R_50 R_40 "," T10(4)
 #define R_52 R_50 ",%50,%51"
+#define R_56 R_52 ",%52,%53,%54,%55"
 #define R_60 R_50 "," T10(5)
 #define R_64 R_60 ",%60,%61,%62,%63"
+#define R_70 R_60 "," T10(6)
+#define R_72 R_70 ",%70,%71"
 #define R_90 R_60 "," T10(6) "," T10(7) "," T10(8)
 #define R_96 R_90 ",%90,%91,%92,%93,%94,%95"
-#define R_120 R_90 "," T10(9) "," T10(10) "," T10(11)
+#define R_110 R_90 "," T10(9) "," T10(10)
+#define R_112 R_110 ",%110,%111"
+#define R_120 R_110 "," T10(11)
 #define R_128 R_120 ",%120,%121,%122,%123,%124,%125,%126,%127"
 
 // "+f"(d[0]), ...
@@ -50,9 +55,12 @@ PTX_INLINE void wg_wait() {
 #define D_32 D_16, D16(16)
 #define D_48 D_32, D16(32)
 #define D_52 D_48, D4(48)
+#define D_56 D_52, D4(52)
 #define D_64 D_48, D16(48)
+#define D_72 D_64, D4(64), D4(68)
 #define D_96 D_64, D16(64), D16(80)
-#define D_128 D_96, D16(96), D16(112)
+#define D_112 D_96, D16(96)
+#define D_128 D_112, D16(112)
 
 // F = N / 2 registers of d, then the operands: A (four registers or a descriptor), B, and P, whether to accumulate.
 #define WGMMA_SS_OF(F, N, K, TYPES, MINOR, A, B, P)                                                                    \
@@ -95,10 +103,16 @@ PTX_INLINE void wgmma(float (&d)[F], uint64_t a, uint64_t b, bool accumulate) {
     WGMMA_SS(48, 96, 48, 49, 50);
   } else if constexpr (F == 52) {
     WGMMA_SS(52, 104, 52, 53, 54);
+  } else if constexpr (F == 56) {
+    WGMMA_SS(56, 112, 56, 57, 58);
   } else if constexpr (F == 64) {
     WGMMA_SS(64, 128, 64, 65, 66);
+  } else if constexpr (F == 72) {
+    WGMMA_SS(72, 144, 72, 73, 74);
   } else if constexpr (F == 96) {
     WGMMA_SS(96, 192, 96, 97, 98);
+  } else if constexpr (F == 112) {
+    WGMMA_SS(112, 224, 112, 113, 114);
   } else if constexpr (F == 128) {
     WGMMA_SS(128, 256, 128, 129, 130);
   } else {
@@ -119,10 +133,16 @@ PTX_INLINE void wgmma(float (&d)[F], const uint32_t (&a)[4], uint64_t b, bool ac
     WGMMA_RS(48, 96, 48, 49, 50, 51, 52, 53);
   } else if constexpr (F == 52) {
     WGMMA_RS(52, 104, 52, 53, 54, 55, 56, 57);
+  } else if constexpr (F == 56) {
+    WGMMA_RS(56, 112, 56, 57, 58, 59, 60, 61);
   } else if constexpr (F == 64) {
     WGMMA_RS(64, 128, 64, 65, 66, 67, 68, 69);
+  } else if constexpr (F == 72) {
+    WGMMA_RS(72, 144, 72, 73, 74, 75, 76, 77);
   } else if constexpr (F == 96) {
     WGMMA_RS(96, 192, 96, 97, 98, 99, 100, 101);
+  } else if constexpr (F == 112) {
+    WGMMA_RS(112, 224, 112, 113, 114, 115, 116, 117);
   } else if constexpr (F == 128) {
     WGMMA_RS(128, 256, 128, 129, 130, 131, 132, 133);
   } else {
@@ -142,10 +162,15 @@ PTX_INLINE void wgmma(float (&d)[F], const uint32_t (&a)[4], uint64_t b, bool ac
 #undef R_48
 #undef R_50
 #undef R_52
+#undef R_56
 #undef R_60
 #undef R_64
+#undef R_70
+#undef R_72
 #undef R_90
 #undef R_96
+#undef R_110
+#undef R_112
 #undef R_120
 #undef R_128
 #undef D4
@@ -156,8 +181,11 @@ PTX_INLINE void wgmma(float (&d)[F], const uint32_t (&a)[4], uint64_t b, bool ac
 #undef D_32
 #undef D_48
 #undef D_52
+#undef D_56
 #undef D_64
+#undef D_72
 #undef D_96
+#undef D_112
 #undef D_128
 #undef WGMMA_SS_OF
 #undef WGMMA_RS_OF

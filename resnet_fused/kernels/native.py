@@ -13,6 +13,7 @@ import torch
 
 # The one owner of the namespace: every schema is defined through it, in Python, so an op exists without native code.
 library = torch.library.Library("resnet_fused", "DEF")
+library.define("_table(str function, str arguments) -> str")  # for resnet_fused/_bindings.py
 
 LIBRARY_PATH = Path(__file__).parent.parent / "_native.so"
 

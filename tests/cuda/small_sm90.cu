@@ -1,7 +1,8 @@
 // The kernels of csrc/cuda/sm90 at sizes of use to tests only: rings of so few stages that small images go round them.
 // A planted bug needs no more than the kernel that it is in: -DSMALL_SHARED, -DSMALL_PING_PONG, -DSMALL_SPLIT,
-// -DSMALL_DUAL and -DSMALL_BOTTLENECK choose.
+// -DSMALL_DUAL, -DSMALL_BOTTLENECK and -DSMALL_STREAMED choose.
 #include "cuda/sm90/bottleneck64_launch.h"
+#include "cuda/sm90/bottleneck_streamed_launch.h"
 #include "cuda/sm90/conv_launch.h"
 
 namespace resnet_fused::cuda::sm90 {
@@ -26,6 +27,10 @@ const Registered<ConvParams> kDual{conv<Dual>("small90_bf16_dual", DType::kBf16)
 #ifdef SMALL_BOTTLENECK
 using Identity = Bottleneck64Traits<Element, false>;
 const Registered<BottleneckParams> kIdentity{bottleneck64<Identity>("small90_bf16_identity", DType::kBf16)};
+#endif
+#ifdef SMALL_STREAMED
+using Streamed = StreamedBottleneckTraits<Element, StreamedBottleneckLayout<128, 256, 6, 1, 4, 2>>;
+const Registered<BottleneckParams> kStreamed{streamed_bottleneck<Streamed>("small90_bf16_streamed", DType::kBf16)};
 #endif
 
 }  // namespace resnet_fused::cuda::sm90

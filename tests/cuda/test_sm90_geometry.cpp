@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cuda/sm90/bottleneck64.h"
+#include "cuda/sm90/bottleneck_streamed_launch.h"
 #include "cuda/sm90/conv.h"
 
 namespace {
@@ -156,6 +157,45 @@ void test_bottleneck64() {
   }
 }
 
+template <class L>
+void test_streamed() {
+  std::set<int> bytes;
+  const auto claim = [&bytes](int first, int size) {
+    for (int b = first; b < first + size; b += 4) CHECK(bytes.insert(b).second);
+  };
+  for (int s = 0; s < L::kStages; ++s) claim(s * L::kSlot, std::max(L::kWeightBytes, L::kPieceBytes));
+  claim(L::kH1, L::kH1Bytes + 32);  // the last taps' two pixels
+  claim(L::kH2, L::kH2Bytes);
+  claim(L::kBarriers, L::kShared - L::kBarriers);
+  CHECK(*bytes.rbegin() < L::kShared);
+  CHECK(L::kSlot % 1024 == 0 && L::kH1 % 1024 == 0 && L::kH2 % 16 == 0 && L::kBarriers % 8 == 0);
+  // The furthest tap of the last pixel that a product reads.
+  CHECK(2 * L::kHaloW + 2 + L::kPixels <= L::kHalo + 2);
+
+  BottleneckParams p;
+  p.dtype = DType::kBf16;
+  p.x = p.conv1.weight = p.conv2.weight = p.conv3.weight = p.out = memory;
+  p.n = 3, p.h = p.p = 2 * L::kTileH + 1, p.w = p.q = 15, p.c = p.k = L::kOut, p.mid = L::kMid;
+  CHECK(streamed_bottleneck_unsupported<L>(p) == nullptr);
+  const StreamedBottleneckArgs a = streamed_bottleneck_args<L>(p);
+  CHECK(a.tiles() == 3 * 3 * 2 && streamed_bottleneck_grid<L>(a, kH100) == 18);
+  CHECK(streamed_bottleneck_grid<L>(a, {90, 5, kMaxShared}) == 4 && streamed_bottleneck_grid<L>(a, {90, 1, 0}) == 2);
+  const StreamedBottleneckTile<L> last(a, a.tiles() - 1), beyond(a, a.tiles());
+  CHECK(last.n == 2 && last.h == 2 * L::kTileH && last.w == 14 && beyond.n == p.n);
+  CHECK(defect(streamed_bottleneck_image(p, memory, L::kOut, L::kOut, L::kPieceH, L::kHaloW)) == nullptr);
+  CHECK(defect(streamed_bottleneck_image(p, memory, L::kOut, L::kOut, L::kTileH, L::kTileW)) == nullptr);
+  CHECK(defect(streamed_bottleneck_weights<L>(p, memory, L::kMid, 9 * L::kMid)) == nullptr);
+  for (int BottleneckParams::* size :
+       {&BottleneckParams::mid, &BottleneckParams::k, &BottleneckParams::c, &BottleneckParams::stride1,
+        &BottleneckParams::stride2, &BottleneckParams::dilation}) {
+    BottleneckParams other = p;
+    other.*size *= 2;
+    CHECK(streamed_bottleneck_unsupported<L>(other) != nullptr);
+  }
+  p.projection.weight = memory;
+  CHECK(streamed_bottleneck_unsupported<L>(p) != nullptr);
+}
+
 // The permutation of W3's rows: a thread's columns 2t, 2t + 1 of four neighbouring 8-column blocks are 8 channels in a
 // row.
 void test_permutation() {
@@ -184,6 +224,8 @@ int main() {
   test_ring<ConvTraits<__half, 64, 64, 6, 1, false>>();
   test_bottleneck64<false>();
   test_bottleneck64<true>();
+  test_streamed<StreamedBottleneck128>();
+  test_streamed<StreamedBottleneck256>();
   test_permutation();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;

@@ -175,13 +175,7 @@ struct ConvConsumer {
   }
 
   __device__ void release(uint32_t use) const {
-    const uint32_t stage = RingPosition<T::kStages>{use}.stage();
-    if constexpr (T::kCluster == 1) {
-      ring.release(stage);
-    } else {  // each block of the cluster writes into this one's stage
-      __syncwarp();
-      if (lane < T::kCluster) ptx::mbar_arrive_cluster(ptx::mapa(ring.empty(stage), lane));
-    }
+    ring.template release<T::kCluster>(RingPosition<T::kStages>{use}.stage());
   }
 
   /// Float32 sums of this share of the depth, to partial[split][pixel][channel].
@@ -318,7 +312,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
                              ring};
     consumer.run(rank);
   }
-  if constexpr (T::kCluster > 1) ptx::cluster_sync();  // a block that is gone can be neither written to nor signalled
+  if constexpr (T::kCluster > 1) {
+    __syncwarp();  // one lane of the producer warp comes from its loop, and the cluster's barrier is for whole warps
+    ptx::cluster_sync();  // a block that is gone can be neither written to nor signalled
+  }
 }
 
 }  // namespace resnet_fused::cuda::sm90

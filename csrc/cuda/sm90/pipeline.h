@@ -46,10 +46,17 @@ struct Ring {
 
   __device__ void wait_full(Position p) const { ptx::mbar_wait(full(p.stage()), p.phase()); }
 
-  /// Consumer: one arrival per warp, after all of its lanes are done with the stage.
+  /// Consumer: one arrival per warp, after all of its lanes are done with the stage; in a cluster, one at each block,
+  /// as each writes into this one's stage.
+  template <int kCluster = 1>
   __device__ void release(uint32_t stage) const {
+    const int lane = threadIdx.x % 32;
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbar_arrive(empty(stage));
+    if constexpr (kCluster == 1) {
+      if (lane == 0) ptx::mbar_arrive(empty(stage));
+    } else {
+      if (lane < kCluster) ptx::mbar_arrive_cluster(ptx::mapa(empty(stage), lane));
+    }
   }
 };
 

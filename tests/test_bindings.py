@@ -1,0 +1,84 @@
+"""resnet_fused/_bindings.py, for the Pythons that a wheel has no pybind11 module for, says what the module says."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import resnet_fused
+from resnet_fused.kernels import native
+from resnet_fused.shapes import Bottleneck, Conv, DenseBlock
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native library is not built")
+
+SHAPES = [
+    Conv(2, 64, 14, 14, 64, 3, 3, padding=(1, 1)),
+    Bottleneck(8, 256, 56, 56, 64, 256),
+    DenseBlock(1, 64, 8, 8, 32, 2),
+]
+
+
+@pytest.fixture(scope="module")
+def plain() -> ModuleType:
+    path = Path(resnet_fused.__file__).parent / "_bindings.py"
+    spec = importlib.util.spec_from_file_location("plain_bindings", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def functions(module: ModuleType) -> set[str]:
+    return {name for name, value in vars(module).items() if callable(value) and name[0] != "_" and name != "Any"}
+
+
+def test_same_functions(plain: ModuleType) -> None:
+    assert native.bindings is not None
+    assert functions(plain) == functions(native.bindings)
+
+
+def test_same_answers(plain: ModuleType) -> None:
+    compiled = native.bindings
+    assert compiled is not None
+    for name in ("isa", "isas", "kernel_table", "cached_bytes", "pool_limit"):
+        assert getattr(plain, name)() == getattr(compiled, name)(), name
+    for shape in SHAPES:
+        arguments = (shape.op, shape.dims(), "float32", "direct", 2)
+        assert plain.cost(*arguments) == compiled.cost(*arguments)
+
+
+def test_same_cuda_answers(plain: ModuleType) -> None:
+    if not hasattr(native.bindings, "cuda_kernel_table"):
+        pytest.skip("the package was built without CUDA kernels")
+    assert plain.cuda_kernel_table() == native.bindings.cuda_kernel_table()
+    conv = {**SHAPES[0].dims(), "projection": 0}
+    for op, dims in (("conv", conv), ("bottleneck", SHAPES[1].dims())):
+        for arch in (80, 90, 75):
+            arguments = (op, dims, "bfloat16", arch, 132, 232448)
+            assert plain.cuda_candidates(*arguments) == native.bindings.cuda_candidates(*arguments)
+
+
+def test_settings(plain: ModuleType) -> None:
+    isa, limit = plain.isa(), plain.pool_limit()
+    try:
+        plain.set_isa("portable")
+        plain.set_pool_limit(12345)
+        assert (native.bindings.isa(), native.bindings.pool_limit()) == ("portable", 12345)
+    finally:
+        plain.set_isa(isa)
+        plain.set_pool_limit(limit)
+    plain.release_memory()
+    plain.poison_workspaces()
+
+
+def test_wrong_arguments(plain: ModuleType) -> None:
+    for module in (plain, native.bindings):
+        with pytest.raises(ValueError, match="z80"):
+            module.set_isa("z80")
+        with pytest.raises(ValueError, match="dims: missing n"):
+            module.cost("conv", {}, "float32", "direct", 1)
+        with pytest.raises(ValueError, match="dtype: expected float32 or bfloat16, got int8"):
+            module.cost("conv", {}, "int8", "direct", 1)
