@@ -3,7 +3,8 @@
     python benchmarks/compare_blocks.py resnet50 --batch 16 --dtype fp32 --json blocks.json
 
 Contenders: eager channels_last, oneDNN's layer-fused path (the vendor backend), fused strict, fused fast. They are
-interleaved; the ratios are of medians.
+interleaved; the ratios are of medians. The JSON has the fields of every result (docs/benchmarks.md), `"kind":
+"blocks"`, and a row for each block.
 """
 
 import os
@@ -20,13 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 import resnet_fused as rf
-from resnet_fused import bench, environment, report
+from resnet_fused import bench, report
 
 CONTENDERS = ("eager", "layer-fused", "fused", "fast")
 
 
 def main(
-    model: str = "resnet50",
+    model: Annotated[str, typer.Argument(help="A ResNet for ImageNet of resnet_fused.models.")] = "resnet50",
     batch: int = 16,
     dtype: str = "fp32",
     seconds: Annotated[float, typer.Option(help="For each block.")] = 2.0,
@@ -47,17 +48,8 @@ def main(
             samples = bench.interleave(calls, seconds)
             ms = {name: median(times) for name, times in samples.items()}
             rows.append({"block": block.label, "ms_median": ms, "ms_samples": samples})
-    result = {
-        "device": "cpu",
-        "device_name": environment.device_name("cpu"),
-        "isa": environment.instruction_sets()[0],
-        "threads": torch.get_num_threads(),
-        "model": model,
-        "dtype": dtype,
-        "batch": batch,
-        "versions": environment.versions(),
-        "rows": rows,
-    }
+    header = bench.header(bench.Job(model, batch, (dtype,)))
+    result = header | {"kind": "blocks", "baseline": "layer-fused", "rows": rows}
     title = "milliseconds, and speed-up over layer-fused"
     table = Table("block", *CONTENDERS, *(f"{name} x" for name in CONTENDERS[2:]), title=title)
     for row in rows:

@@ -41,6 +41,7 @@ from .verify import verify
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("cpu", "cuda")
+SCHEMA = 1  # of the results as JSON; a reader refuses any other
 SEED = 0
 BASELINE = "eager channels_last"
 
@@ -89,12 +90,17 @@ class Job:
             )
         require("skimage", "scikit-image", "real pictures")
 
+    def accuracies(self, dtype: str) -> tuple[str, ...]:
+        """Those at which the model is fused for one dtype."""
+        if self.accuracy is not None:
+            return (self.accuracy,)
+        return ACCURACIES if dtype == "fp32" else ("strict",)
+
     def contenders(self, dtype: str) -> list[Contender]:
         """The rows to measure for one dtype, the baseline among them."""
-        default = ACCURACIES if dtype == "fp32" else ("strict",)
         fused = [
             Contender("fused" if accuracy == "strict" else "fused fast", accuracy)
-            for accuracy in ((self.accuracy,) if self.accuracy else default)
+            for accuracy in self.accuracies(dtype)
         ]
         return [Contender("eager"), Contender(BASELINE), *fused]
 
@@ -223,9 +229,16 @@ def time_contenders(job: Job, dtype: str, on_progress: Callable[[float], None]) 
         call, fuse_seconds = contend(contender, model, x)
         started = time.perf_counter()
         call()
-        row: dict[str, Any] = {"name": contender.name, "accuracy": contender.accuracy}
+        first_call_seconds = time.perf_counter() - started
+        row: dict[str, Any] = {
+            "name": contender.name,
+            "kind": "fused" if contender.accuracy else "eager",
+            "accuracy": contender.accuracy,
+            "status": "ok",
+            "setup_seconds": fuse_seconds + first_call_seconds,
+        }
         if contender.accuracy:
-            row |= {"fuse_seconds": fuse_seconds, "first_call_seconds": time.perf_counter() - started}
+            row |= {"fuse_seconds": fuse_seconds, "first_call_seconds": first_call_seconds}
         calls[contender.name] = call
         rows.append(row)
     samples = interleave(calls, job.seconds, on_progress)
@@ -340,10 +353,10 @@ def check_parity(job: Job, dtype: str, accuracy: str) -> tuple[dict[str, Any], d
 def run(job: Job, on_progress: Progress = lambda what, share: None) -> dict[str, Any]:
     """Run the whole benchmark and return its result, ready for `json.dump`.
 
-    Every row is one (dtype, contender, allocator): `name`, `dtype`, `accuracy`, `memory` ("default" or "reused"),
-    `images_per_s`, `ms_median`, `ms_p20`, `ms_p80`, `ms_samples`, `speedup` (over `baseline` at the same dtype and
-    memory); with default memory also `peak_extra_mb` and `kept_mb`, see `weigh_contender`; fused rows also
-    `fuse_seconds`, `first_call_seconds`.
+    Every row is one (dtype, contender, allocator): `name`, `kind` ("eager" or "fused"), `dtype`, `accuracy`, `memory`
+    ("default" or "reused"), `status` ("ok"), `images_per_s`, `ms_median`, `ms_p20`, `ms_p80`, `ms_samples`, `speedup`
+    (over `baseline` at the same dtype and memory), `setup_seconds`; with default memory also `peak_extra_mb` and
+    `kept_mb`, see `weigh_contender`; fused rows also `fuse_seconds`, `first_call_seconds`.
     """
     # Stages, each with the share of the whole job's time it is expected to take.
     parity = [(d, c.accuracy) for d in job.dtypes for c in job.contenders(d) if c.accuracy]
@@ -381,8 +394,18 @@ def run(job: Job, on_progress: Progress = lambda what, share: None) -> dict[str,
         row.update(weight)
     on_progress("done", 1.0)
 
+    parity_ok = all(report["ok"] for report in reports)
+    return header(job) | {"rows": rows, "parity": {"ok": parity_ok, "reports": reports}, "plans": plans}
+
+
+def header(job: Job) -> dict[str, Any]:
+    """What was measured, on what and with what: the fields that every result has."""
     isa, _ = environment.instruction_sets()
     return {
+        "schema": SCHEMA,
+        "peers": False,
+        "interrupted": False,
+        "machine": None,
         "device": job.device,
         "device_name": environment.device_name(job.device),
         "isa": isa,
@@ -394,24 +417,21 @@ def run(job: Job, on_progress: Progress = lambda what, share: None) -> dict[str,
         "commit": environment.commit(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "baseline": BASELINE,
-        "rows": rows,
-        "parity": {"ok": all(report["ok"] for report in reports), "reports": reports},
-        "plans": plans,
     }
 
 
-def summarise(row: dict[str, Any], dtype: str, memory: str, batch: int, baseline_ms: float) -> dict[str, Any]:
-    """Return a timed row with the figures that follow from its samples."""
+def summarise(row: dict[str, Any], dtype: str, memory: str, batch: int, baseline_ms: float | None) -> dict[str, Any]:
+    """Return a timed row with the figures that follow from its samples; without samples they are None."""
     samples = row["ms_samples"]
-    middle = median(samples)
+    middle = median(samples) if samples else None
     return row | {
         "dtype": dtype,
         "memory": memory,
-        "images_per_s": batch / middle * 1e3,
+        "images_per_s": batch / middle * 1e3 if middle else None,
         "ms_median": middle,
-        "ms_p20": percentile(samples, 0.2),
-        "ms_p80": percentile(samples, 0.8),
-        "speedup": baseline_ms / middle,
+        "ms_p20": percentile(samples, 0.2) if samples else None,
+        "ms_p80": percentile(samples, 0.8) if samples else None,
+        "speedup": baseline_ms / middle if middle and baseline_ms else None,
     }
 
 

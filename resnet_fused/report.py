@@ -11,7 +11,8 @@ from rich.table import Table
 
 from .errors import InputError
 
-Result = dict[str, Any]  # what bench.run returns
+Result = dict[str, Any]  # what bench.run and peers.run return
+Row = dict[str, Any]
 
 
 def check_output(option: str, path: Path | None, suffix: str = "") -> None:
@@ -49,8 +50,11 @@ def row_label(row: dict[str, Any]) -> str:
 
 
 def print_result(result: Result, console: Console) -> None:
-    """Print the parity and throughput tables."""
+    """Print what a result holds: tables of parity, throughput and costs, or the comparison with the peers."""
     console.print(conditions(result), style="bold")
+    if result["peers"]:
+        print_peers(result, console)
+        return
     console.print(parity_table(result))
     for dtype in result["dtype"].split(","):
         console.print(throughput_table(result, dtype))
@@ -60,6 +64,102 @@ def print_result(result: Result, console: Console) -> None:
         "80th percentile. Extra: the peak of one forward pass. Kept: what stays between passes (packed weights). "
         "Parity: errors of the logits, and predictions that differ from float64's.",
         style="dim",
+    )
+
+
+def print_peers(result: Result, console: Console) -> None:
+    """Print the comparison, a table for each dtype, and who wins."""
+    for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
+        if timed_rows(result, dtype):
+            console.print(peers_table(result, dtype))
+            console.print(numbers_table(result, dtype))
+        rows = select(result, dtype, "reused")
+        for row in rows:
+            if row["status"] != "ok":
+                console.print(f"{row['name']}: {row['status']}, {row['detail']}", markup=False, highlight=False)
+        for row in (row for row in rows if row["kind"] == "fused"):
+            console.print(verdict(row, rows), style="bold", markup=False)
+    console.print(
+        f"Speed-up: over {result['baseline']}. ms: the median, beside it the 20th and 80th percentile. Set-up: export, "
+        "compiling, fusing and the first call. Error: the largest of a logit against float64, beside it how many times "
+        "unfused torch's. Flipped: predictions that differ from float64's. Extra: the peak of one forward pass. Kept: "
+        "what set-up leaves behind. Memory is reused by all.",
+        style="dim",
+    )
+    if result["interrupted"]:
+        console.print("Interrupted: these are the rows so far.", style="yellow")
+
+
+def timed_rows(result: Result, dtype: str) -> list[Row]:
+    """The rows of a comparison that were timed, the fastest first."""
+    rows = [row for row in select(result, dtype, "reused") if row["images_per_s"]]
+    return sorted(rows, key=lambda row: row["ms_median"])
+
+
+def style_of(row: Row) -> str | None:
+    """Red for a row that does not count, bold for a fused one."""
+    return "red" if row["status"] != "ok" else "bold" if row["kind"] == "fused" else None
+
+
+def peers_table(result: Result, dtype: str) -> Table:
+    """Throughput and set-up time, one line for each contender that was timed."""
+    rows = timed_rows(result, dtype)
+    energy = any(row.get("images_per_joule") for row in rows)
+    known = (None, result["versions"]["torch"])  # it is in the heading
+    table = Table("contender", title=f"{dtype}: interleaved, the fastest first")
+    for column in ("images/s", "speed-up", "ms", "20-80%", "set-up s", *(["images/J"] if energy else [])):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['name']} {row['version']}" if row["kind"] == "peer" and row["version"] not in known else row["name"],
+            number(row["images_per_s"], 1),
+            f"{row['speedup']:.2f}x" if row["speedup"] else "",
+            number(row["ms_median"], 1),
+            f"{row['ms_p20']:.1f}-{row['ms_p80']:.1f}",
+            number(row["setup_seconds"], 1),
+            *([number(row.get("images_per_joule"), 2)] if energy else []),
+            style=style_of(row),
+        )
+    return table
+
+
+def numbers_table(result: Result, dtype: str) -> Table:
+    """Parity and memory, one line for each contender that was timed."""
+    table = Table("contender", title=f"{dtype}: parity with float64, and memory")
+    for column in ("error", "/ unfused", "flipped", "extra MB", "kept MB"):
+        table.add_column(column, justify="right")
+    for row in timed_rows(result, dtype):
+        ratio = row["error"] / row["unfused_error"] if row["error"] is not None and row["unfused_error"] else None
+        table.add_row(
+            row["name"],
+            "" if row["error"] is None else f"{row['error']:.1e}",
+            "" if ratio is None else f"{ratio:.1f}x",
+            "" if row["flipped"] is None else str(row["flipped"]),
+            number(row.get("peak_extra_mb"), 0),
+            number(row.get("kept_mb"), 0),
+            style=style_of(row),
+        )
+    return table
+
+
+def best_peer(rows: list[Row]) -> Row | None:
+    """The fastest contender that is not this package and computes the same, plain torch included; None without one."""
+    able = [row for row in rows if row["kind"] != "fused" and row["status"] == "ok" and row["images_per_s"]]
+    return max(able, key=lambda row: row["images_per_s"], default=None)
+
+
+def verdict(row: Row, rows: list[Row]) -> str:
+    """How a fused row stands beside the best peer among the rows of its dtype, in words."""
+    best = best_peer(rows)
+    if not row["images_per_s"]:
+        return f"{row['dtype']} {row['name']}: not timed"
+    if best is None:
+        return f"{row['dtype']} {row['name']}: {row['images_per_s']:.1f} images/s, no peer was timed"
+    ratio = row["images_per_s"] / best["images_per_s"]
+    which = "faster than" if ratio > 1 else "SLOWER than"
+    return (
+        f"{row['dtype']} {row['name']}: {row['images_per_s']:.1f} images/s, {ratio:.2f}x, {which} the best peer, "
+        f"{best['name']}, with {best['images_per_s']:.1f}"
     )
 
 
@@ -154,38 +254,49 @@ def markdown_table(result: Result) -> str:
     return "\n".join(lines)
 
 
+COLORS = {"fused": "#1b7f5c", "eager": "#8a8f98", "peer": "#6b86a8"}
+
+
 def plot(result: Result, path: Path) -> None:
-    """Draw throughput, a panel for each dtype and a bar for each row, as a PNG."""
+    """Draw throughput, a panel for each dtype and a bar for each row that was timed, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    dtypes = result["dtype"].split(",")
-    figure, axes = pyplot.subplots(
-        1, len(dtypes), figsize=(1.5 + 5 * len(dtypes), 3.6), squeeze=False, layout="constrained"
-    )
-    for axis, dtype in zip(axes[0], dtypes, strict=True):
-        rows = [row for row in result["rows"] if row["dtype"] == dtype]
+    timed = [row for row in result["rows"] if row["images_per_s"]]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in timed))
+    panels = max(1, len(dtypes))
+    most = max((sum(row["dtype"] == dtype for row in timed) for dtype in dtypes), default=1)
+    size = (1.5 + 5 * panels, max(3.6, 1.5 + 0.3 * most))
+    figure, axes = pyplot.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
+    for axis, dtype in zip(axes[0], dtypes, strict=False):
+        rows = [row for row in timed if row["dtype"] == dtype]
         names = list(dict.fromkeys(row["name"] for row in rows))
+        both = len({row["memory"] for row in rows}) > 1  # allocator settings, a bar for each
         for row in rows:
             reused = row["memory"] == "reused"
-            y = names.index(row["name"]) + (0.2 if reused else -0.2)
-            color = ("#1b7f5c" if row["accuracy"] else "#8a8f98", 0.55 if reused else 1.0)
-            axis.barh(y, row["images_per_s"], 0.38, color=color)
+            y = names.index(row["name"]) + (0.2 if reused else -0.2) * both
+            kind = "fused" if row["accuracy"] else row.get("kind", "eager")
+            color = (COLORS[kind], 0.55 if both and reused else 1.0)
+            axis.barh(y, row["images_per_s"], 0.38 if both else 0.7, color=color)
             axis.plot([row_rate(result, row, p) for p in ("ms_p20", "ms_p80")], [y, y], color="black", linewidth=1)
-            label = f" {row['images_per_s']:.3g}" + (f"  {row['speedup']:.2f}x" if row["accuracy"] else "")
-            if row["name"] == names[0]:
+            label = f" {row['images_per_s']:.3g}" + (
+                f"  {row['speedup']:.2f}x" if row["accuracy"] and row["speedup"] else ""
+            )
+            if both and row["name"] == names[0]:
                 label += "  memory reused" if reused else "  default allocator"
+            if row.get("status", "ok") != "ok":
+                label += f"  {row['status']}"
             axis.text(max(row["images_per_s"], row_rate(result, row, "ms_p20")), y, label, va="center", fontsize=8)
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         axis.set_title(dtype)
         axis.set_xlabel("images/s (more is better)")
-        axis.set_xlim(0, 1.35 * max(row["images_per_s"] for row in rows))
+        axis.set_xlim(0, 1.35 * max(row_rate(result, row, "ms_p20") for row in rows))
         axis.spines[["top", "right"]].set_visible(False)
-    title = f"{conditions(result)}\nspeed-up over {result['baseline']} with the same allocator setting"
-    figure.suptitle(title, fontsize=8)
+    setting = "memory reused by all" if result.get("peers") else "with the same allocator setting"
+    figure.suptitle(f"{conditions(result)}\nspeed-up over {result['baseline']}, {setting}", fontsize=8)
     figure.savefig(path, dpi=150, format="png")
     pyplot.close(figure)
 

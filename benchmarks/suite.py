@@ -1,0 +1,256 @@
+"""The whole comparison: models, batches and dtypes beside every peer on this machine, and then the report.
+
+    python benchmarks/suite.py --models resnet18,resnet50 --batches 1,16 --dtypes fp32,bf16
+
+One file for each model, batch and dtype is written as soon as it is measured, in benchmarks/results/<device>/peers;
+those of a CPU's blocks are in blocks. What was measured already at this commit with these versions is left out, so that
+an interrupted run can be started again. A case that cannot be measured is reported at the end, and the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import report as pages
+import torch
+import typer
+from result_files import RESULTS, read
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from resnet_fused import bench, environment, peers, report
+from resnet_fused.errors import InputError
+from resnet_fused.settings import one_of
+
+FOLDER = Path(__file__).parent
+console = Console()
+
+MODELS = ("resnet18", "resnet50", "densenet121", "resnet56_cifar")
+BATCHES = (1, 16)
+DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
+FULL_MODELS = ("resnet18", "resnet50", "resnet152", "resnet56_cifar", "densenet121", "preact_resnet164_cifar")
+BLOCK_MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # whose blocks compare_blocks.py knows
+FULL_BATCHES = (1, 16, 64, 256)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What to measure, where to, and how long.
+
+    Raises:
+        InputError: a name is unknown, a number out of range, the device is missing.
+    """
+
+    models: tuple[str, ...]
+    batches: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    device: str
+    seconds: float
+    peers: tuple[str, ...]
+    limit: float
+    out: Path
+    again: bool
+
+    def __post_init__(self) -> None:
+        for model, batch in product(self.models, self.batches):
+            bench.Job(model, batch, self.dtypes, self.device)
+        peers.contenders(peers.Task(self.device, self.dtypes[0], 1, 1), ("strict",), self.peers)
+
+    def cases(self) -> Iterator[tuple[bench.Job, Path]]:
+        """Every model, batch and dtype, and its file."""
+        for model, batch, dtype in product(self.models, self.batches, self.dtypes):
+            job = bench.Job(model, batch, (dtype,), self.device, seconds=self.seconds)
+            yield job, self.out / "peers" / f"{model}-batch{batch}-{dtype}.json"
+
+    def blocks(self) -> Iterator[tuple[bench.Job, Path]]:
+        """Those whose blocks are compared as well: ResNets for ImageNet, on a CPU."""
+        for job, path in self.cases():
+            if self.device == "cpu" and job.model in BLOCK_MODELS:
+                yield job, self.out / "blocks" / path.name
+
+
+def done(path: Path) -> bool:
+    """Whether a file holds the whole of a case, from this commit, these versions and as many threads."""
+    if not path.exists():
+        return False
+    try:
+        result = read(path)
+    except InputError as error:
+        console.print(f"{error}", style="yellow", markup=False)
+        return False
+    now = {"commit": environment.commit(), "versions": environment.versions(), "threads": torch.get_num_threads()}
+    return not result.get("interrupted") and all(result.get(key) == value for key, value in now.items())
+
+
+def device_folder(device: str, results: Path = RESULTS) -> Path:
+    """Where this machine's results are: the folder that has some of it, else a new one with its name."""
+    name, threads = environment.device_name(device), torch.get_num_threads()
+    mine = {"device_name": name} | (
+        {"isa": environment.instruction_sets()[0], "threads": threads} if device == "cpu" else {}
+    )
+    for path in sorted(results.glob("*/**/*.json")):
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and all(found.get(key) == value for key, value in mine.items()):
+            return results / path.relative_to(results).parts[0]
+    parts = [name, *([mine["isa"], f"{threads}threads"] if device == "cpu" else [])]
+    return results / re.sub("[^a-z0-9]+", "-", "-".join(map(str, parts)).lower()).strip("-")
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Write a result, all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    report.write_json(result, partial)
+    partial.replace(path)
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """What a case came to: each fused contender beside the best peer, and who was not measured."""
+    rows = result["rows"]
+    fused = [report.verdict(row, rows) for row in rows if row["kind"] == "fused"]
+    others = [f"{row['name']} {row['status']}: {row['detail']}" for row in rows if row["status"] != "ok"]
+    return fused + others
+
+
+def measure_blocks(job: bench.Job, path: Path) -> None:
+    """Run compare_blocks.py on a case.
+
+    Raises:
+        RuntimeError: it failed; the message is the last line that it wrote.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    command = [sys.executable, str(FOLDER / "compare_blocks.py"), job.model, "--batch", str(job.batch)]
+    command += ["--dtype", job.dtypes[0], "--seconds", str(min(job.seconds, 2.0)), "--json", str(partial)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError((ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1])
+    partial.replace(path)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C, after which what was measured is written."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def measure(suite: Suite) -> tuple[list[str], bool]:
+    """Measure every case; returns what failed, a sentence each, and whether it was interrupted."""
+    failures: list[str] = []
+    whole = [(job, path, False) for job, path in suite.cases()]
+    whole += [(job, path, True) for job, path in suite.blocks()]
+    columns = (TextColumn("{task.description:<52}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with terminated_as_interrupted(), Progress(*columns, console=console, transient=True) as progress:
+        every = progress.add_task("all", total=len(whole))
+        current = progress.add_task("", total=100)
+        for job, path, blocks in whole:
+            name = f"{job.model}, batch {job.batch}, {job.dtypes[0]}" + (", blocks" if blocks else "")
+            if not suite.again and done(path):
+                progress.console.print(f"{name}: measured before", style="dim")
+                progress.advance(every)
+                continue
+            progress.reset(current, description=name, total=100)
+
+            def tell(what: str, share: float, name: str = name) -> None:
+                progress.update(current, description=f"{name}: {what}"[:52], completed=100 * share)
+
+            try:
+                if blocks:
+                    measure_blocks(job, path)
+                    progress.console.print(f"{name}: measured")
+                else:
+                    result = peers.run(job, tell, suite.peers, suite.limit)
+                    write(result, path)
+                    progress.console.print(name, style="bold")
+                    for line in summary(result):
+                        progress.console.print(f"  {line}", markup=False, highlight=False)
+                    if result["interrupted"]:
+                        return failures, True
+                    if not result["parity"]["ok"]:
+                        failures.append(f"{name}: parity does not hold")
+            except KeyboardInterrupt:
+                return failures, True
+            except Exception as error:  # the run goes on: the next case may well work
+                failures.append(f"{name}: {type(error).__name__}: {error}")
+                progress.console.print(failures[-1], style="red", markup=False)
+            progress.advance(every)
+    return failures, False
+
+
+def split(text: str) -> tuple[str, ...]:
+    """The parts of a comma-separated option."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def main(
+    models: Annotated[str, typer.Option(help="Names of resnet_fused.models, comma-separated.")] = ",".join(MODELS),
+    batches: Annotated[str, typer.Option(help="Batches, comma-separated.")] = ",".join(map(str, BATCHES)),
+    dtypes: Annotated[str, typer.Option(help="Dtypes, comma-separated; all of the device if left out.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seconds: Annotated[float, typer.Option(help="Time to spend on the timing of a case.")] = 10.0,
+    only: Annotated[str, typer.Option(help="Peers to measure, comma-separated; all if left out.")] = "",
+    limit: Annotated[float, typer.Option(help="Seconds that a contender's set-up, or a turn, may take.")] = 900.0,
+    out: Annotated[Path | None, typer.Option(help="Folder; benchmarks/results/<device> if left out.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every model and batch of the table, for many hours.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure what was measured already, too.")] = False,
+) -> None:
+    """Measure, then make the report. Exit code 1 if a case failed or parity does not hold, 130 after Ctrl-C."""
+    try:
+        one_of("device", device, bench.DEVICES)
+        suite = Suite(
+            FULL_MODELS if full else split(models),
+            FULL_BATCHES if full else tuple(map(number, split(batches))),
+            split(dtypes) or DTYPES[device],
+            device,
+            seconds,
+            split(only),
+            limit,
+            out or device_folder(device),
+            again,
+        )
+    except InputError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    failures, interrupted = measure(suite)
+    for failure in failures:
+        console.print(failure, style="red", markup=False)
+    if interrupted:
+        console.print("Interrupted: what was measured is kept, and the same command goes on.", style="yellow")
+        raise typer.Exit(130)
+    try:
+        made = pages.make() if out is None else [pages.write(out)]
+        console.print("report: " + " ".join(map(str, made)), soft_wrap=True)
+    except InputError as error:
+        failures.append(str(error))
+        console.print(f"no report: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1 if failures else 0)
+
+
+def number(text: str) -> int:
+    """A batch.
+
+    Raises:
+        InputError: it is no whole number.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"--batches must be whole numbers, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

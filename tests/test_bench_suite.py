@@ -1,0 +1,210 @@
+"""The whole comparison: what is measured, where it is written, what is left out and what goes on after a failure."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import compare_blocks
+import pytest
+import report_samples
+import suite
+import torch
+import typer
+from typer.testing import CliRunner
+
+from resnet_fused import environment, peers
+from resnet_fused.errors import InputError
+
+app = typer.Typer()
+app.command()(suite.main)
+
+
+@pytest.fixture
+def small(tmp_path):
+    return suite.Suite(("resnet18", "resnet56_cifar"), (1,), ("fp32",), "cpu", 0.1, (), 9.0, tmp_path, False)
+
+
+def current(model="resnet18"):
+    """A result of this commit with these versions and as many threads."""
+    now = {"commit": environment.commit(), "versions": environment.versions(), "threads": torch.get_num_threads()}
+    return report_samples.with_peers(model) | now
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What `peers.run` and compare_blocks.py were asked for; nothing is measured."""
+    asked = []
+
+    def run(job, on_progress, only, limit):
+        on_progress("taking turns", 0.5)
+        asked.append((job.model, job.batch, job.dtypes, job.seconds, only, limit))
+        return current(job.model)
+
+    def blocks(job, path):
+        asked.append(("blocks", job.model))
+        report_samples.write(report_samples.blocks(job.model) | {"commit": environment.commit()}, path)
+
+    monkeypatch.setattr(peers, "run", run)
+    monkeypatch.setattr(suite, "measure_blocks", blocks)
+    return asked
+
+
+def test_every_case_has_a_file(small, measured):
+    assert suite.measure(small) == ([], False)
+    first, second, third = measured
+    assert first == ("resnet18", 1, ("fp32",), 0.1, (), 9.0)
+    assert second[0] == "resnet56_cifar"
+    assert third == ("blocks", "resnet18"), "a CIFAR net has no blocks that compare_blocks.py knows"
+    files = sorted(str(path.relative_to(small.out)) for path in small.out.rglob("*.*"))
+    assert files == [
+        "blocks/resnet18-batch1-fp32.json",
+        "peers/resnet18-batch1-fp32.json",
+        "peers/resnet56_cifar-batch1-fp32.json",
+    ]
+
+
+def test_what_was_measured_is_left_out(small, measured, capsys):
+    path = small.out / "peers" / "resnet18-batch1-fp32.json"
+    report_samples.write(current(), path)
+    suite.measure(small)
+    assert [job[0] for job in measured] == ["resnet56_cifar", "blocks"]
+    measured.clear()
+    suite.measure(replace(small, again=True))
+    assert [job[0] for job in measured] == ["resnet18", "resnet56_cifar", "blocks"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"commit": "another"},
+        {"versions": {"torch": "1.0"}},
+        {"threads": 99},
+        {"interrupted": True},
+        {"schema": 99},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_results_are_measured_again(tmp_path, change):
+    path = tmp_path / "result.json"
+    assert not suite.done(path)
+    report_samples.write(current(), path)
+    assert suite.done(path)
+    report_samples.write(current() | change, path)
+    assert not suite.done(path)
+
+
+def test_a_case_that_fails_does_not_end_the_run(small, measured, monkeypatch):
+    real = peers.run
+
+    def run(job, *arguments):
+        if job.model == "resnet18":
+            raise RuntimeError("no memory")
+        return real(job, *arguments)
+
+    monkeypatch.setattr(peers, "run", run)
+    failures, interrupted = suite.measure(small)
+    assert failures == ["resnet18, batch 1, fp32: RuntimeError: no memory"]
+    assert not interrupted
+    assert [job[0] for job in measured] == ["resnet56_cifar", "blocks"]
+
+
+def test_parity_that_does_not_hold_is_a_failure(small, monkeypatch, measured):
+    broken = {"parity": {"ok": False, "reports": []}}
+    monkeypatch.setattr(peers, "run", lambda job, *arguments: current(job.model) | broken)
+    failures, _ = suite.measure(small)
+    assert failures == [f"{model}, batch 1, fp32: parity does not hold" for model in small.models]
+
+
+def test_an_interrupted_case_is_written_and_ends_the_run(small, monkeypatch, measured):
+    monkeypatch.setattr(peers, "run", lambda job, *arguments: current(job.model) | {"interrupted": True})
+    assert suite.measure(small) == ([], True)
+    (path,) = small.out.rglob("*.json")
+    assert json.loads(path.read_text())["interrupted"]
+    assert not suite.done(path)
+
+
+def test_termination_counts_as_ctrl_c(small, monkeypatch, measured):
+    def run(job, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(peers, "run", run)
+    assert suite.measure(small) == ([], True)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_folder_of_this_machine(tmp_path):
+    new = suite.device_folder("cpu", tmp_path)
+    assert new.parent == tmp_path
+    assert new.name == new.name.lower()
+    assert f"{torch.get_num_threads()}threads" in new.name
+    mine = {
+        "device_name": environment.device_name("cpu"),
+        "isa": environment.instruction_sets()[0],
+        "threads": torch.get_num_threads(),
+    }
+    report_samples.write(report_samples.main_job() | mine | {"threads": 99}, tmp_path / "a" / "main.json")
+    report_samples.write([], tmp_path / "b" / "other.json")
+    assert suite.device_folder("cpu", tmp_path) == new
+    report_samples.write(report_samples.main_job() | mine, tmp_path / "mine" / "deep" / "main.json")
+    assert suite.device_folder("cpu", tmp_path) == tmp_path / "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--models", "resnet51"], ["model", "resnet50", "resnet51"]),
+        (["--batches", "0"], ["batch", "1", "0"]),
+        (["--batches", "many"], ["--batches", "whole numbers", "many"]),
+        (["--dtypes", "fp8"], ["dtype", "bf16", "fp8"]),
+        (["--device", "tpu"], ["device", "cuda", "tpu"]),
+        (["--only", "TensorFlow"], ["peers", "OpenVINO", "TensorFlow"]),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, words, tmp_path):
+    outcome = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
+    assert outcome.exit_code == 2, outcome.output
+    assert len(outcome.stderr.strip().splitlines()) == 1
+    assert all(word in outcome.stderr for word in words), outcome.stderr
+
+
+def test_report_is_made_at_the_end(tmp_path, measured, monkeypatch):
+    made = []
+    monkeypatch.setattr(suite.pages, "write", lambda folder: made.append(folder) or folder / "report.html")
+    arguments = ["--models", "resnet18", "--batches", "1,2", "--dtypes", "fp32,bf16", "--only", "OpenVINO"]
+    outcome = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
+    assert outcome.exit_code == 0, outcome.output
+    assert made == [tmp_path]
+    assert [job[1:3] for job in measured[:4]] == [(b, (d,)) for b in (1, 2) for d in ("fp32", "bf16")]
+    assert measured[0][4] == ("OpenVINO",)
+    assert "1.09x, faster than the best peer" in outcome.stdout
+
+
+def test_blocks_are_asked_for_in_words_that_compare_blocks_knows(small, monkeypatch):
+    def run(command, **options):
+        outcome = CliRunner().invoke(blocks, command[2:])
+        return SimpleNamespace(returncode=outcome.exit_code, stderr=outcome.output)
+
+    blocks = typer.Typer()
+    blocks.command()(compare_blocks.main)
+    asked = []
+    monkeypatch.setattr(compare_blocks, "distinct_blocks", lambda *arguments: asked.append(arguments) or [])
+    monkeypatch.setattr(suite, "subprocess", SimpleNamespace(run=run))
+    ((job, path),) = small.blocks()
+    suite.measure_blocks(job, path)
+    assert asked == [("resnet18", 1, "fp32")]
+    result = json.loads(path.read_text())
+    assert (result["schema"], result["kind"], result["rows"]) == (1, "blocks", [])
+
+
+def test_no_report_is_a_failure_in_words(tmp_path, measured, monkeypatch):
+    def refuse(folder: Path):
+        raise InputError("a file is of schema version 9")
+
+    monkeypatch.setattr(suite.pages, "write", refuse)
+    outcome = CliRunner().invoke(app, ["--models", "resnet18", "--batches", "1", "--out", str(tmp_path)])
+    assert outcome.exit_code == 1
+    assert "no report: a file is of schema version 9" in outcome.stdout

@@ -1,0 +1,439 @@
+"""The comparison with peers: rows, parity, contenders that misbehave, processes, energy, what is shown."""
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import fake_peers
+import numpy
+import pytest
+import report_samples
+import torch
+from rich.console import Console
+from torch import nn
+from typer.testing import CliRunner
+
+from resnet_fused import bench, cli, peers, report
+from resnet_fused.errors import InputError
+from resnet_fused.peers import energy, onnxruntime, openvino, race, torch_compile, worker
+from resnet_fused.peers.peer import EAGER, FUSED, PEER, Peer, Task
+
+JOB = bench.Job("resnet20_cifar", 2, ("fp32",), seconds=0.0)
+TASK = Task("cpu", "fp32", 2, 1)
+
+
+class SameProcess:
+    """Stands in for `race.Process`: no process, so that tests are fast."""
+
+    def __init__(self, peer, folder):
+        self.runner = None
+
+    def ask(self, method, limit, **arguments):
+        try:
+            if method == "start":
+                self.runner = worker.Runner(**arguments)
+                return None
+            return getattr(self.runner, method)(**arguments)
+        except Exception as error:
+            raise race.Failure(worker.one_line(error)) from None
+
+    def end(self):
+        self.runner = None
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """`peers.run` in this process, on a machine that need not be measured."""
+    monkeypatch.setattr(race, "Process", SameProcess)
+    monkeypatch.setattr(race, "TURN_SECONDS", 0.0)
+    machine = SimpleNamespace(to_dict=lambda: report_samples.MACHINE)
+    monkeypatch.setattr(race.roofline, "measure", lambda device, dtypes: machine)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would wait for each other where the machine is busy
+    yield
+    torch.set_num_threads(threads)
+    gc.unfreeze()
+
+
+def compare(*contenders, job=JOB, on_progress=lambda what, share: None):
+    return peers.run(job, on_progress, field_of=lambda task: list(contenders))
+
+
+def by_name(result):
+    return {row["name"]: row for row in result["rows"]}
+
+
+def test_everyone_gets_a_row(quick):
+    bad = [getattr(fake_peers, name) for name in ("SHIFTED", "TRANSPOSED", "POISONED", "REFUSING", "TIRING", "ABSENT")]
+    result = compare(*fake_peers.HONEST, *bad)
+    rows = by_name(json.loads(json.dumps(result)))
+    status = {name: row["status"] for name, row in rows.items()}
+    assert status == {
+        "eager": "ok",
+        "eager channels_last": "ok",
+        "fused": "ok",
+        "fused fast": "ok",
+        "shifted": "wrong",
+        "transposed": "wrong",
+        "poisoned": "wrong",
+        "refusing": "failed",
+        "tiring": "failed",
+        "absent": "absent",
+    }
+    assert rows["absent"]["detail"] == "made for another machine"
+    assert rows["refusing"]["detail"] == "ValueError: it cannot be set up and says so in two lines"
+    assert rows["refusing"]["version"] is None
+    assert rows["tiring"]["detail"] == "RuntimeError: out of memory"
+    assert "1.0e+00" in rows["shifted"]["detail"]
+    assert rows["poisoned"]["detail"] == "a logit is NaN or infinite"
+    assert "(10, 2)" in rows["transposed"]["detail"]
+    for name, row in rows.items():
+        timed = status[name] in ("ok", "wrong")
+        assert (len(row["ms_samples"]) >= race.MIN_ROUNDS) == timed, name
+        assert (row["images_per_s"] is not None) == (timed or name == "tiring"), "what was measured is kept"
+        assert row["memory"] == "reused"
+    assert rows["eager channels_last"]["speedup"] == 1
+    assert rows["eager channels_last"]["error"] == rows["fused"]["unfused_error"] > 0
+    assert rows["fused"]["error"] <= rows["fused"]["limit"] < rows["fused fast"]["limit"]
+    assert rows["fused"]["flipped"] == 0
+    assert rows["fused"]["settings"]["accuracy"] == "strict"
+    assert rows["fused"]["setup_seconds"] > 0
+    assert [row["kind"] for row in result["rows"][:5]] == [EAGER, EAGER, FUSED, FUSED, PEER]
+
+    assert result["parity"]["ok"]
+    assert (result["schema"], result["peers"], result["interrupted"]) == (bench.SCHEMA, True, False)
+    assert result["machine"] == report_samples.MACHINE
+    assert {(plan["dtype"], plan["accuracy"]) for plan in result["plans"]} == {("fp32", "strict"), ("fp32", "fast")}
+    assert all(plan["coverage"] == 1 for plan in result["plans"])
+
+
+def test_fused_model_with_other_numbers_fails_parity(quick):
+    result = compare(*fake_peers.HONEST[:2], fake_peers.WRONG_FUSED)
+    assert by_name(result)["fused"]["status"] == "wrong"
+    assert not result["parity"]["ok"]
+
+
+def test_dtypes_are_apart(quick):
+    job = bench.Job("resnet20_cifar", 1, ("fp32", "bf16"), seconds=0.0)
+    result = compare(*fake_peers.HONEST[:3], job=job)
+    assert [row["dtype"] for row in result["rows"]] == ["fp32"] * 3 + ["bf16"] * 3
+    errors = [row["unfused_error"] for row in result["rows"]]
+    assert errors[0] == errors[1] == errors[2]
+    assert errors[3] > 100 * errors[0]
+    assert result["parity"]["ok"]
+
+
+@pytest.mark.parametrize(("moment", "timed"), [("machine", 0), ("set-up, fused", 0), ("taking turns", 1)])
+def test_interrupted_run_keeps_what_it_had(quick, moment, timed):
+    seen = 0
+
+    def interrupt(what, share):
+        nonlocal seen
+        if what.endswith(moment):
+            seen += 1
+            if seen > timed:
+                raise KeyboardInterrupt
+
+    result = compare(*fake_peers.HONEST[:3], on_progress=interrupt)
+    assert result["interrupted"]
+    rows = result["rows"]
+    if moment == "machine":
+        assert rows == []
+    elif moment == "taking turns":
+        assert all(row["status"] == "ok" and row["ms_samples"] for row in rows)
+    else:
+        assert [row["status"] for row in rows] == ["failed"] * 3
+        assert [row["detail"] for row in rows] == ["interrupted before it was timed"] * 2 + [
+            "interrupted before it was set up"
+        ]
+    assert result["parity"]["ok"] == (moment == "taking turns")
+    json.dumps(result)
+
+
+def test_no_reference_no_parity(quick, monkeypatch):
+    def fail(self):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(worker.Runner, "reference", fail)
+    result = compare(*fake_peers.HONEST[:3])
+    assert not result["parity"]["ok"]
+    for row in result["rows"]:
+        assert row["status"] == "ok"
+        assert "MemoryError: too large" in row["detail"]
+        assert row["error"] is None
+
+
+def test_what_counts_as_the_same_numbers():
+    def status(peer, off, dtype="fp32"):
+        exact = numpy.array([[100.0, 0.0], [0.0, 50.0]])
+        entries = [race.Entry(fake_peers.HONEST[1]), race.Entry(peer)]
+        for entry, error in zip(entries, (1e-4, off), strict=True):
+            entry.status, entry.setup = "ok", {"logits": exact + error, "blocks": 3}
+        task = Task("cpu", dtype, 2, 1)
+        race.Race(JOB, task, entries, Path(), 1.0).judge(exact)
+        return entries[1].status
+
+    strict, fast, peer = fake_peers.HONEST[2], fake_peers.HONEST[3], fake_peers.SHIFTED
+    assert status(strict, 2.0e-4) == "ok"
+    assert status(strict, 2.3e-4) == "wrong"
+    assert status(fast, 2.9e-3) == "ok", "1e-5 of the largest logit for each of three blocks"
+    assert status(fast, 3.1e-3) == "wrong"
+    assert status(fast, 2.9e-3, "bf16") == "wrong"
+    assert status(peer, 9e-3) == "ok"
+    assert status(peer, 1.1e-2) == "wrong"
+    assert status(peer, float("nan")) == "wrong"
+
+
+def test_flipped_predictions():
+    exact = numpy.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
+    assert race.flips(exact[:, ::-1], exact) == 3
+    assert race.flips(exact * 2, exact) == 0
+
+
+def test_memory_that_contenders_keep():
+    entries = [race.Entry(fake_peers.SHIFTED, process="some", setup={"peak_extra_mb": mb}) for mb in (None, 1e9)]
+    short = race.Race(JOB, TASK, entries[:1], Path(), 1.0)
+    assert not short.short_of_memory()
+    assert race.Race(JOB, TASK, entries, Path(), 1.0).short_of_memory()
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """A function that starts a contender's process, far enough to be set up."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    pictures = tmp_path / "pictures.pt"
+    torch.save(torch.rand(2, 3, 32, 32), pictures)
+    begun = []
+
+    def begin(peer):
+        process = race.Process(peer, tmp_path)
+        begun.append(process)
+        process.ask("start", 300, peer=peer, model="resnet20_cifar", task=TASK, pictures=pictures)
+        return process
+
+    yield begin
+    for process in begun:
+        process.end()
+
+
+def state(process):
+    """The letter of /proc: R running, S sleeping, T stopped."""
+    return Path(f"/proc/{process.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_process_is_stopped_while_it_waits_and_killed_when_it_hangs(start):
+    process = start(fake_peers.HANGING)
+    assert eventually(lambda: state(process) == "T")
+    with pytest.raises(race.Failure, match="no answer within 1 s"):
+        process.ask("set_up", 1)
+    process.end()
+    assert process.process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("peer", "words"), [("CRASHING", "SIGSEGV"), ("LEAVING", "status 3: it wrote nothing")])
+def test_how_a_process_died(start, peer, words):
+    process = start(getattr(fake_peers, peer))
+    with pytest.raises(race.Failure, match=words):
+        process.ask("set_up", 300)
+
+
+def eventually(condition, seconds=20.0):
+    """Whether the condition comes true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.thorough
+def test_real_processes_and_all_peers_of_this_machine():
+    result = peers.run(bench.Job("resnet20_cifar", 2, ("fp32", "bf16"), seconds=0.2))
+    assert result["parity"]["ok"]
+    for row in result["rows"]:
+        assert row["status"] in ("ok", "absent"), row
+        if row["kind"] != PEER:
+            assert row["peak_extra_mb"] is not None
+    assert result["machine"]["copy_gb_s"] > 0
+
+
+# --- who takes part -----------------------------------------------------------------------------------------------
+
+
+def names(*task, **options):
+    return [peer.name for peer in peers.contenders(Task(*task, 1), ("strict", "fast"), **options)]
+
+
+def test_contenders():
+    cpu = ["eager", "eager channels_last", "torch.compile, freezing", "ONNX Runtime", "OpenVINO", "fused", "fused fast"]
+    assert names("cpu", "fp32", 1) == cpu
+    gpu = names("cuda", "bf16", 1)
+    assert {"eager AMP", "eager channels_last, CUDA graph", "fused, CUDA graph", "cuDNN fused", "TensorRT"} <= set(gpu)
+    assert len(set(gpu)) == len(gpu)
+    assert not any("graph" in name for name in names("cuda", "bf16", 2))
+    assert "eager AMP" not in names("cuda", "fp32", 1)
+    assert names("cpu", "fp32", 1, only=("OpenVINO",)) == [*cpu[:2], "OpenVINO", "fused", "fused fast"]
+
+
+def test_unknown_peer():
+    with pytest.raises(InputError, match=r"peers must be some of .*'OpenVINO'.*got 'OpenVIN'"):
+        names("cpu", "fp32", 1, only=("OpenVIN",))
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert onnxruntime.absent(TASK) == "onnxruntime and onnx and onnxscript not installed"
+    assert openvino.absent(TASK) == "openvino not installed"
+
+
+class Tiny(nn.Module):
+    """A network that is exported quickly."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("peer", "dtype"),
+    [
+        pytest.param(onnxruntime.ONNX_RUNTIME, "fp32", marks=pytest.mark.thorough),
+        (openvino.OPENVINO, "fp32"),
+        pytest.param(openvino.OPENVINO, "bf16", marks=pytest.mark.thorough),
+        pytest.param(torch_compile.FREEZING, "fp32", marks=pytest.mark.thorough),
+    ],
+    ids=lambda value: value.name if isinstance(value, Peer) else value,
+)
+def test_peers_compute_the_model(peer, dtype):
+    task = Task("cpu", dtype, 2, 1)
+    if reason := peer.absent(task):
+        pytest.skip(reason)
+    model = Tiny().eval().to(bench.DTYPES[dtype])
+    x = torch.randn(2, 3, 16, 16).to(bench.DTYPES[dtype])
+    with torch.inference_mode():
+        expected = model(x).float()
+    ready = peer.prepare(model, x, task)
+    with torch.inference_mode():
+        first, second = (ready.logits(ready.call()).float() for _ in range(2))
+    torch.testing.assert_close(first, expected, rtol=2e-2, atol=1e-5 if dtype == "fp32" else 1e-2)
+    assert torch.equal(first, second)
+    json.dumps(ready.settings)
+
+
+# --- energy -------------------------------------------------------------------------------------------------------
+
+
+def test_processor_energy_adds_packages_and_wraps_around(tmp_path, monkeypatch):
+    for name, now in (("intel-rapl:0", 90), ("intel-rapl:1", 10), ("intel-rapl:0:0", 999)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "max_energy_range_uj").write_text("100")
+        (tmp_path / name / "energy_uj").write_text(str(now))
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    read = energy.cpu_meter()
+    assert read is not None
+    assert read() == 0
+    (tmp_path / "intel-rapl:0/energy_uj").write_text("20")  # 30 more, past the end of the range
+    (tmp_path / "intel-rapl:1/energy_uj").write_text("15")
+    assert read() == pytest.approx(35e-6)
+
+
+def test_no_energy_where_it_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    assert energy.cpu_meter() is None
+    (tmp_path / "intel-rapl:0").mkdir()  # without files, as for a user who may not read them
+    assert energy.cpu_meter() is None
+
+
+def test_gpu_energy_is_that_of_the_gpu_in_use(monkeypatch):
+    asked = []
+
+    class Nvml:
+        def nvmlInit_v2(self):
+            return 0
+
+        def nvmlDeviceGetHandleByUUID(self, uuid, handle):
+            asked.append(uuid)
+            return 0
+
+        def nvmlDeviceGetTotalEnergyConsumption(self, handle, value):
+            value._obj.value = 2500
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Nvml())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"abc-{device}"))
+    read = energy.gpu_meter()
+    assert read is not None
+    assert read() == 2.5
+    assert asked == [b"GPU-abc-1"]
+
+
+def test_joules_of_an_image(monkeypatch, tmp_path):
+    pictures = tmp_path / "pictures.pt"
+    torch.save(torch.rand(2, 3, 32, 32), pictures)
+    runner = worker.Runner(fake_peers.HONEST[0], "resnet20_cifar", TASK, pictures)
+    runner.set_up()
+    monkeypatch.setattr(worker, "meter", lambda device: None)
+    assert runner.joules(0.0) is None
+    used = iter((100.0, 110.0))
+    calls = []
+    monkeypatch.setattr(worker, "meter", lambda device: partial(next, used))
+    monkeypatch.setattr(runner, "call", lambda: calls.append(1))
+    joules = runner.joules(0.001)
+    assert joules == pytest.approx(10.0 / (2 * (len(calls) - 1))), "two images a call, the first call not counted"
+
+
+# --- what is shown ------------------------------------------------------------------------------------------------
+
+
+def printed(result):
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 (the console keeps it)
+    report.print_result(result, console)
+    return console.export_text()
+
+
+def test_table_shows_who_wins():
+    text = printed(report_samples.with_peers(fused=12.0, fast=10.0))
+    assert "fp32 fused: 12.0 images/s, 1.09x, faster than the best peer, OpenVINO, with 11.0" in text
+    assert "fp32 fused fast: 10.0 images/s, 0.91x, SLOWER than the best peer, OpenVINO, with 11.0" in text
+    assert "TensorRT: absent, tensorrt not installed" in text
+    assert "JAX: failed, no answer within 900 s" in text
+    order = [line for line in text.splitlines() if line.startswith("│")]
+    assert "cheat" in order[0], "the fastest is first, wrong or not"
+
+
+def test_table_of_a_run_without_anything():
+    result = report_samples.with_peers()
+    for row in result["rows"]:
+        row |= {"images_per_s": None, "status": "failed", "detail": "gone"}
+    text = printed(result | {"interrupted": True})
+    assert "fp32 fused: not timed" in text
+    assert "Interrupted" in text
+
+
+def test_plot_of_peers(tmp_path):
+    report.plot(report_samples.with_peers(), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("interrupted", "ok", "code"), [(False, True, 0), (False, False, 1), (True, True, 130)])
+def test_command(monkeypatch, tmp_path, interrupted, ok, code):
+    result = report_samples.with_peers() | {"interrupted": interrupted, "parity": {"ok": ok, "reports": []}}
+    monkeypatch.setattr(cli.comparison, "run", lambda job, on_progress: result)
+    path = tmp_path / "out.json"
+    outcome = CliRunner().invoke(cli.app, ["bench", "resnet18", "--batch", "1", "--peers", "--json", str(path)])
+    assert outcome.exit_code == code, outcome.output
+    assert json.loads(path.read_text())["peers"] is True
