@@ -1,6 +1,7 @@
 """pytest-benchmark over every distinct block of ResNet-18 and ResNet-50: `pytest benchmarks`.
 
-`--benchmark-group-by=group` (the default) puts the contenders of a block side by side.
+`--benchmark-group-by=group` (the default) puts the contenders of a block side by side. Every result names its
+contender, and those of the package their reference, so that baseline.py can compare ratios.
 """
 
 import pytest
@@ -10,12 +11,13 @@ from blocks import Block, distinct_blocks
 import resnet_fused as rf
 
 BATCH = 4
+REFERENCE = "layer-fused"
 
 
 def contender(block: Block, name: str) -> torch.nn.Module:
     if name == "eager":
         return block.module
-    if name == "layer-fused":
+    if name == REFERENCE:
         return rf.fuse(block.module, backend="vendor")
     return rf.fuse(block.module, accuracy=name)
 
@@ -33,7 +35,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["eager", "layer-fused", "strict", "fast"])
+@pytest.mark.parametrize("name", ["eager", REFERENCE, "strict", "fast"])  # varies fastest: a block's run in a row
 @pytest.mark.parametrize(("model", "dtype", "index"), CASES)
 def test_block(model, dtype, index, name, blocks, benchmark):
     if (model, dtype) not in blocks:
@@ -42,5 +44,6 @@ def test_block(model, dtype, index, name, blocks, benchmark):
     block = blocks[model, dtype][index]
     module = contender(block, name)
     benchmark.group = f"{model} {block.label} {dtype}"
+    benchmark.extra_info.update(contender=name, reference=REFERENCE if name in ("strict", "fast") else None)
     with torch.inference_mode():
         benchmark.pedantic(module, (block.x,), rounds=20, warmup_rounds=2)

@@ -1,19 +1,29 @@
-"""`explain`: which kernel runs each piece of a fused model at one input shape, and why."""
+"""`explain`: which kernel runs each piece of a fused model at one input shape, why, and how near to the roofline."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import plan
+from . import gpu_timer, plan
+from .errors import InputError
 from .fuse import check_model, fusions
+from .roofline import DTYPES, Machine, Placement, dtype_name, flops, layer_traffic, measure, placement, total, traffic
 from .tables import render
+
+TIMED_CALLS = 7
+"""Calls of every op on a CPU of which the median is taken, after two to warm up."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,11 @@ class PlanRow:
         algorithm: of the backend; those of its layers, if the block runs layer by layer.
         why: the reason for that choice, with the predicted times that it was made by, or the reason for none.
         flops: of its convolutions.
+        dtype: of its input: `"fp32"`, `"bf16"`, `"fp16"`.
+        bytes: that its input, weights and output take, each counted once.
+        layer_bytes: that would move if it ran layer by layer; see `roofline.Placement`.
+        roof: its place on the roofline, if that was asked for and the machine was measured with its dtype.
+        seconds: that it took, the median of a few calls with the same input; None if the roofline was not asked for.
     """
 
     block: str
@@ -35,6 +50,16 @@ class PlanRow:
     algorithm: str
     why: str
     flops: int
+    dtype: str = ""
+    bytes: int = 0
+    layer_bytes: int = 0
+    roof: Placement | None = None
+    seconds: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """The least time by the roofline as a share of the time that it took; None if they are not known."""
+        return self.roof.bound_seconds / self.seconds if self.roof and self.seconds else None
 
 
 @dataclass(frozen=True)
@@ -43,61 +68,147 @@ class Plan:
 
     Attributes:
         rows: one for each fused op and each unfused convolution.
+        machine: whose roofline the rows are placed on; None if that was not asked for.
     """
 
     rows: tuple[PlanRow, ...]
+    machine: Machine | None = None
 
     @property
     def coverage(self) -> float:
         """Share of the convolutions' FLOPs that ran in fused ops, 0 to 1."""
-        total = sum(row.flops for row in self.rows)
-        return sum(row.flops for row in self.rows if row.kernel != "unfused") / total if total else 0.0
+        whole = sum(row.flops for row in self.rows)
+        return sum(row.flops for row in self.rows if row.kernel != "unfused") / whole if whole else 0.0
+
+    @property
+    def roof(self) -> Placement | None:
+        """The place of all rows together on the roofline: the bound is the sum of theirs; None where none has one."""
+        placed = [row.roof for row in self.rows if row.roof]
+        return total(placed) if placed else None
+
+    @property
+    def seconds(self) -> float | None:
+        """That the rows which are placed on the roofline took together; None where none is."""
+        return sum(row.seconds or 0.0 for row in self.rows if row.roof) if self.roof else None
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values."""
-        return {"coverage": self.coverage, "rows": [asdict(row) for row in self.rows]}
+        machine = {"machine": self.machine.to_dict()} if self.machine else {}
+        return {"coverage": self.coverage, "rows": [asdict(row) for row in self.rows], **machine}
 
     def __rich__(self) -> Table:
+        return self._plan_table() if self.machine is None else self._roofline_table(self.machine)
+
+    def __str__(self) -> str:
+        return render(self)
+
+    def _plan_table(self) -> Table:
         table = Table(title="Plan", caption=f"{self.coverage:.1%} of the convolution FLOPs run in fused kernels")
         for name in ("block", "kernel", "backend", "algorithm", "why"):
             table.add_column(name, overflow="fold")
         table.add_column("GFLOP", justify="right")
         for row in self.rows:
-            style = "yellow" if row.kernel == "unfused" else None
             cells = (row.block, row.kernel, row.backend, row.algorithm, row.why)
-            table.add_row(*cells, f"{row.flops / 1e9:.3f}", style=style)
+            table.add_row(*cells, f"{row.flops / 1e9:.3f}", style=_style(row))
         return table
 
-    def __str__(self) -> str:
-        return render(self)
+    def _roofline_table(self, machine: Machine) -> Table:
+        title = f"Roofline, {' and '.join(dict.fromkeys(row.dtype for row in self.rows))}: {machine}"
+        table = Table(title=title, caption=ROOFLINE_CAPTION, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for name in ("block", "kernel", "computed by"):
+            table.add_column(name, overflow="fold")
+        for name in ("GFLOP", "MB", "by layers", "FLOP/byte"):
+            table.add_column(name, justify="right")
+        table.add_column("limit")
+        for name in ("bound ms", "ms", "share"):
+            table.add_column(name, justify="right")
+        for row in self.rows:
+            by = f"{row.backend} {row.algorithm}".strip()
+            cells = _figures(row.roof, row.seconds) if row.roof else ("", "", "", "", "not measured", "", "", "")
+            table.add_row(row.block, row.kernel, by, *cells, style=_style(row))
+        if self.roof and self.seconds is not None:
+            table.add_section()
+            table.add_row("all of them", "", "", *_figures(self.roof, self.seconds), style="bold")
+        return table
 
 
-def explain(fast: nn.Module, x: Tensor) -> Plan:
+ROOFLINE_CAPTION = (
+    "MB: input, weights and output, each once; by layers: if every layer were a kernel of its own. Bound: the least "
+    "time for these FLOPs and MB. Share: bound / ms. Winograd multiplies less and caches keep data: both can pass it."
+)
+
+
+def _style(row: PlanRow) -> str | None:
+    return "yellow" if row.kernel == "unfused" else None
+
+
+def _figures(roof: Placement, seconds: float | None) -> tuple[str, ...]:
+    """The cells of a row of the roofline table, after the names."""
+    return (
+        f"{roof.flops / 1e9:.3f}",
+        f"{roof.bytes / 1e6:.1f}",
+        f"{roof.layer_bytes / 1e6:.1f}",
+        f"{roof.intensity:.0f}",
+        roof.bound,
+        f"{roof.bound_seconds * 1e3:.3f}",
+        f"{seconds * 1e3:.3f}" if seconds else "",
+        f"{roof.bound_seconds / seconds:.0%}" if seconds else "",
+    )
+
+
+def explain(fast: nn.Module, x: Tensor, roofline: bool | Machine = False) -> Plan:
     """Run a fused model once and report what ran.
 
     Args:
         fast: a fused model (of any other, every convolution is reported as unfused).
         x: its input.
+        roofline: also time every op and place it on the roofline of this machine, which is measured first (one or two
+            seconds), or of the `Machine` given.
 
     Returns:
         The plan; print it for a table.
 
     Raises:
-        InputError: `fast` is no module, or in train mode.
+        InputError: `fast` is no module, or in train mode; there is no roofline for the dtype of `x`.
     """
     check_model("fast", fast)
-    watch = _Watch(fast, x)
+    machine = _machine(roofline, x)
+    watch = _Watch(fast, x, machine)
     # In inference mode torch would hand over composite operators that contain a convolution.
     with torch.inference_mode(False), torch.no_grad(), watch:
         fast(x)
-    return Plan(tuple(watch.rows))
+    return Plan(tuple(watch.rows), machine)
+
+
+def _machine(wanted: bool | Machine, x: Tensor) -> Machine | None:
+    """The machine to place rows on, None if that is not asked for."""
+    name = dtype_name(x.dtype)
+    known = tuple(wanted.matmul_tflop_s) if isinstance(wanted, Machine) else tuple(DTYPES.values())
+    if wanted and name not in known:
+        raise InputError(f"x must be in a dtype that the roofline has, {', '.join(known)}, got {name}")
+    if isinstance(wanted, Machine):
+        return wanted
+    return measure(x.device.type, (name,)) if wanted else None
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The median time of a call: on a GPU with a cold cache, on a CPU with what the last call left there."""
+    if device.type == "cuda":
+        return median(gpu_timer.interleave({"op": call}, 0.02, device)["op"])
+    samples = []
+    for _ in range(2 + TIMED_CALLS):
+        started = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - started)
+    return median(samples[2:])
 
 
 class _Watch(TorchDispatchMode):
     """Takes down every fused op and every convolution that runs."""
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, machine: Machine | None) -> None:
         super().__init__()
+        self._machine = machine
         self.rows: list[PlanRow] = []
         self._blocks: dict[int, str] = {}
         self._convs: dict[int, str] = {}
@@ -115,30 +226,44 @@ class _Watch(TorchDispatchMode):
                     self._reasons[self._convs[id(conv.weight)]] = reason
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = functools.partial(func, *args, **(kwargs or {}))
         if func.namespace == "resnet_fused":
             with plan.record() as choices:
-                y = func(*args, **(kwargs or {}))
+                y = call()
             tensors = (id(t) for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
             block = next((self._blocks[key] for key in tensors if key in self._blocks), "(called directly)")
-            self._fused(block, func.overloadpacket.__name__, choices)
+            row = _fused(block, func.overloadpacket.__name__, choices, args[0].dtype)
+            self.rows.append(self._placed(row, flops(choices[0].shape), call, args[0].device))
             return y
-        y = func(*args, **(kwargs or {}))
+        y = call()
         if func is torch.ops.aten.convolution.default:
-            self._unfused(args[0], args[1], y, transposed=args[6])
+            row = self._unfused(args[0], args[1], y, transposed=args[6])
+            self.rows.append(self._placed(row, row.flops, call, args[0].device))
         return y
 
-    def _fused(self, block: str, kernel: str, choices: list[plan.Choice]) -> None:
-        choice, *layers = choices
-        algorithms = dict.fromkeys(layer.algorithm for layer in layers)
-        algorithm = " + ".join(algorithms) if algorithms else choice.algorithm
-        why = choice.reason
-        if len(choice.seconds) > 1:
-            why += ": " + ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in choice.seconds)
-        self.rows.append(PlanRow(block, kernel, choice.backend, algorithm, why, choice.shape.flops))
+    def _placed(self, row: PlanRow, work: int, call: Callable[[], object], device: torch.device) -> PlanRow:
+        """The row with its place on the roofline and its time, if they are wanted and the machine has its dtype."""
+        if self._machine is None or row.dtype not in self._machine.matmul_tflop_s:
+            return row
+        roof = placement(work, row.bytes, row.layer_bytes, row.dtype, self._machine)
+        return replace(row, roof=roof, seconds=_seconds(call, device))
 
-    def _unfused(self, x: Tensor, weight: Tensor, y: Tensor, transposed: bool) -> None:
+    def _unfused(self, x: Tensor, weight: Tensor, y: Tensor, transposed: bool) -> PlanRow:
         name, why = self._convs.get(id(weight), ""), "its weight is computed, by autocast or otherwise"
         if name:
             why = self._reasons.get(name, "no BatchNorm that follows it was found")
-        flops = 2 * (x if transposed else y).numel() * weight[0].numel()
-        self.rows.append(PlanRow(name, "unfused", "torch", "", why, flops))
+        work = 2 * (x if transposed else y).numel() * weight[0].numel()
+        moved = x.nbytes + weight.nbytes + y.nbytes
+        return PlanRow(name, "unfused", "torch", "", why, work, dtype_name(x.dtype), moved, moved)
+
+
+def _fused(block: str, kernel: str, choices: list[plan.Choice], dtype: torch.dtype) -> PlanRow:
+    choice, *layers = choices
+    algorithms = dict.fromkeys(layer.algorithm for layer in layers)
+    algorithm = " + ".join(algorithms) if algorithms else choice.algorithm
+    why = choice.reason
+    if len(choice.seconds) > 1:
+        why += ": " + ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in choice.seconds)
+    shape, size = choice.shape, dtype.itemsize
+    moved, layer_moved = traffic(shape, size), layer_traffic(shape, size)
+    return PlanRow(block, kernel, choice.backend, algorithm, why, shape.flops, dtype_name(dtype), moved, layer_moved)

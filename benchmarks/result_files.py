@@ -1,0 +1,220 @@
+"""Reads benchmarks/results/<device>: what was measured there, case by case, whichever command wrote it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resnet_fused.bench import SCHEMA
+from resnet_fused.errors import InputError
+from resnet_fused.roofline import Machine
+
+RESULTS = Path(__file__).parent / "results"
+BASELINE_FILE = "baseline.json"
+DTYPE_ORDER = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contender of a case: a row of a result, as `resnet-fused bench` writes it (docs/benchmarks.md)."""
+
+    name: str
+    kind: str  # "eager", "fused" or "peer"
+    accuracy: str | None
+    status: str  # "ok", "wrong", "failed" or "absent"
+    detail: str
+    version: str | None
+    images_per_s: float | None
+    ms: float | None
+    ms_p20: float | None
+    ms_p80: float | None
+    setup_seconds: float | None
+    peak_extra_mb: float | None
+    images_per_joule: float | None
+    error: float | None
+    unfused_error: float | None
+    flipped: int | None
+
+    @property
+    def speed(self) -> float:
+        """Images per second, 0 if it was not timed or its numbers are wrong."""
+        return self.images_per_s if self.status == "ok" and self.images_per_s else 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model, batch and dtype, and everyone who was timed on it in one run."""
+
+    model: str
+    batch: int
+    dtype: str
+    lines: tuple[Line, ...]
+    source: Path
+    commit: str | None
+    plan: dict[str, Any] | None  # of the model fused at accuracy="strict"
+    machine: Machine | None
+    interrupted: bool = False
+
+    @property
+    def title(self) -> str:
+        """Its name."""
+        return f"{self.model}, batch {self.batch}, {self.dtype}"
+
+    def fused(self, accuracy: str = "strict") -> Line | None:
+        """The fastest fused contender of an accuracy (on a GPU at batch 1 there are two), None if there is none."""
+        return _fastest(line for line in self.lines if line.kind == "fused" and line.accuracy == accuracy)
+
+    def best_other(self) -> Line | None:
+        """The fastest contender that is not fused and gives the right numbers, None if there is none."""
+        return _fastest(line for line in self.lines if line.kind != "fused")
+
+    def ratios(self) -> Iterator[tuple[Line, Line, float]]:
+        """(fused contender, the fastest other, how many times as fast the fused one is), strict and then fast."""
+        other = self.best_other()
+        for accuracy in ("strict", "fast"):
+            ours = self.fused(accuracy)
+            if ours and other:
+                yield ours, other, ours.speed / other.speed
+
+
+def _fastest(lines: Iterable[Line]) -> Line | None:
+    best = max(lines, key=lambda line: line.speed, default=None)
+    return best if best and best.speed else None
+
+
+@dataclass
+class Device:
+    """What a folder of results holds.
+
+    Attributes:
+        folder: of the device.
+        cases: every model, batch and dtype; with peers where there is a run with peers.
+        jobs: results of `resnet-fused bench` without peers, by file.
+        blocks: results of compare_blocks.py, by file.
+        newest: the result made last, for the conditions.
+        others: JSON files of other kinds.
+    """
+
+    folder: Path
+    cases: list[Case] = field(default_factory=list)
+    jobs: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    blocks: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    newest: dict[str, Any] = field(default_factory=dict)
+    others: list[Path] = field(default_factory=list)
+
+    @property
+    def models(self) -> list[str]:
+        """The models of the cases, in their order."""
+        return list(dict.fromkeys(case.model for case in self.cases))
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The dtypes of the cases."""
+        return sorted({case.dtype for case in self.cases}, key=DTYPE_ORDER.index)
+
+    @property
+    def machine(self) -> Machine | None:
+        """The ceilings: the best of each rate, of all runs; None where none was measured."""
+        machines = [case.machine for case in self.cases if case.machine]
+        if not machines:
+            return None
+        rates: dict[str, float] = {}
+        for machine in machines:
+            for dtype, rate in machine.matmul_tflop_s.items():
+                rates[dtype] = max(rate, rates.get(dtype, 0.0))
+        launches = [machine.launch_us for machine in machines if machine.launch_us is not None]
+        best = max(machines, key=lambda machine: machine.copy_gb_s)
+        return Machine(
+            best.device, best.device_name, best.threads, best.copy_gb_s, rates, min(launches) if launches else None
+        )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a result.
+
+    Raises:
+        InputError: it is no JSON object, or of another schema version.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} must be a JSON file of a benchmark: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must be a JSON object, got a {type(values).__name__}")
+    version = values.get("schema", SCHEMA)  # results from before there were versions have the fields of the first
+    if version != SCHEMA:
+        raise InputError(f"{path} must be of schema version {SCHEMA}, got {version}: measure again")
+    return values
+
+
+def load(folder: Path) -> Device:
+    """Read all results of a device.
+
+    Raises:
+        InputError: a file is of another schema version or no JSON.
+    """
+    device = Device(folder)
+    with_peers: list[Case] = []
+    without: list[Case] = []
+    for path in sorted(folder.rglob("*.json")):
+        if path.name == BASELINE_FILE:
+            continue
+        values = read(path)
+        rows = values.get("rows")
+        if not isinstance(rows, list) or not {"model", "batch", "device_name"} <= values.keys():
+            device.others.append(path)
+            continue
+        if values.get("created", "") >= device.newest.get("created", ""):
+            device.newest = values
+        if any("block" in row for row in rows):
+            device.blocks[path] = values
+            continue
+        if values.get("peers"):
+            with_peers += _cases(path, values)
+        else:
+            device.jobs[path] = values
+            without += _cases(path, values)
+    known = {(case.model, case.batch, case.dtype) for case in with_peers}
+    found = with_peers + [case for case in without if (case.model, case.batch, case.dtype) not in known]
+    order = list(dict.fromkeys(case.model for case in found))
+    device.cases = sorted(found, key=lambda c: (order.index(c.model), c.batch, DTYPE_ORDER.index(c.dtype)))
+    return device
+
+
+def _cases(path: Path, values: dict[str, Any]) -> Iterator[Case]:
+    machine = Machine.from_dict(values["machine"]) if values.get("machine") else None
+    for dtype in values["dtype"].split(","):
+        rows = [row for row in values["rows"] if row["dtype"] == dtype]
+        # Peers are timed with the allocator that keeps memory, so that is what their absence is shown with too.
+        reused = [row for row in rows if row.get("memory") == "reused"]
+        plans = [p for p in values.get("plans", ()) if p.get("dtype") == dtype and p.get("accuracy") == "strict"]
+        yield Case(
+            values["model"],
+            values["batch"],
+            dtype,
+            tuple(map(_line, reused or rows)),
+            path,
+            values.get("commit"),
+            plans[0] if plans else None,
+            machine,
+            bool(values.get("interrupted")),
+        )
+
+
+def _line(row: dict[str, Any]) -> Line:
+    optional = ("version", "setup_seconds", "peak_extra_mb", "images_per_joule", "error", "unfused_error", "flipped")
+    return Line(
+        name=row["name"],
+        kind=row.get("kind") or ("fused" if row["accuracy"] else "eager"),
+        accuracy=row["accuracy"],
+        status=row.get("status", "ok"),
+        detail=row.get("detail") or "",
+        images_per_s=row["images_per_s"],
+        ms=row["ms_median"],
+        ms_p20=row["ms_p20"],
+        ms_p80=row["ms_p80"],
+        **{name: row.get(name) for name in optional},
+    )
