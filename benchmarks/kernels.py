@@ -28,10 +28,12 @@ import resnet_fused as rf
 from resnet_fused import environment, plan, tune
 from resnet_fused.bench import DTYPES
 from resnet_fused.errors import BackendError, InputError
-from resnet_fused.gpu_timer import Measure, interleave
+from resnet_fused.gpu_timer import Measure, check_gpu, interleave
 from resnet_fused.kernels import cudnn
+from resnet_fused.kernels.precision import allow_tf32
+from resnet_fused.roofline import flops, traffic
 from resnet_fused.samples import Sample, describe, sample
-from resnet_fused.shapes import Conv, Shape
+from resnet_fused.shapes import Shape
 
 MODELS = {"resnet18": 224, "resnet50": 224, "densenet121": 224, "resnet56_cifar": 32}
 """The models whose shapes are measured by default, and the size of their images."""
@@ -44,21 +46,6 @@ def model_shapes(name: str, batch: int, size: int) -> list[Shape]:
     fused = rf.fuse(model, backend="reference")
     shapes = tune.shapes_of(fused, torch.zeros(1, 3, size, size))
     return list(dict.fromkeys(replace(shape, n=batch) for shape in shapes))
-
-
-def flops(shape: Shape) -> int:
-    """What must be computed, two for a multiply and an add; a transition's average comes before its 1x1."""
-    return sum(layer.flops for layer in shape.layers())
-
-
-def traffic(shape: Shape, itemsize: int) -> int:
-    """Bytes that must pass between memory and the GPU: input, output, residual and weights, each once."""
-    n, k, p, q = shape.output_shape
-    elements = shape.n * shape.c * shape.h * shape.w + n * k * p * q
-    if isinstance(shape, Conv) and shape.residual:
-        elements += n * k * p * q
-    elements += sum(layer.k * (layer.c // layer.groups) * layer.r * layer.s for layer in shape.layers())
-    return elements * itemsize
 
 
 @dataclass(frozen=True)
@@ -79,13 +66,19 @@ class Roofline:
 
 
 def roofline(dtype: torch.dtype, device: torch.device, measure: Measure) -> Roofline:
-    """Measure the ceilings: 1 GiB copied, 8192 x 8192 matrices multiplied (float32 as torch's switch for TF32 says)."""
+    """Measure the ceilings: 1 GiB copied, 8192 x 8192 matrices multiplied (float32 in TF32 if convolutions are)."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     calls = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=out)}
-    best = {name: min(samples) for name, samples in measure(calls, 1.0).items()}
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "tf32" if allow_tf32(device) else "ieee"
+    try:
+        best = {name: min(samples) for name, samples in measure(calls, 1.0).items()}
+    finally:
+        switch.fp32_precision = before
     return Roofline(2 * source.numel() / best["copy"], 2 * 8192**3 / best["product"])
 
 
@@ -156,6 +149,18 @@ def _transition(x, in_scale, in_shift, w):
     return functional.avg_pool2d(functional.conv2d(_norm(x, in_scale, in_shift).relu_(), w), 2)
 
 
+def _bottleneck_chain(x, weights, scales, shifts):
+    layers = list(zip(weights, scales, shifts, strict=True))
+    for i in range(0, len(layers), 3):
+        h = _layer(_layer(x, *layers[i]), *layers[i + 1], padding=1)
+        x = _layer(h, *layers[i + 2], x)
+    return x
+
+
+def _head(x, weight, bias):
+    return functional.linear(functional.adaptive_avg_pool2d(x, 1).flatten(1), weight, bias)
+
+
 FORMULAS: dict[str, Callable[..., Tensor]] = {
     "conv_bn_act": _conv,
     "bottleneck": _bottleneck,
@@ -164,6 +169,8 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "preact_block": _preact_block,
     "dense_block": _dense_block,
     "transition": _transition,
+    "bottleneck_chain": _bottleneck_chain,
+    "head": _head,
 }
 
 
@@ -178,7 +185,11 @@ def contenders(
     """Everything that computes a call, by name; every kernel with the configuration that it would be run with."""
     found: dict[str, Callable[[], Tensor]] = {EAGER: functools.partial(eager, call)}
     if compiled:
-        found[COMPILED] = functools.partial(torch.compile(FORMULAS[call.name]), *call.args, **call.options)
+        # Afresh for every shape: after a second one torch.compile would make sizes variables, after the eighth give up.
+        torch.compiler.reset()
+        found[COMPILED] = functools.partial(
+            torch.compile(FORMULAS[call.name], dynamic=False), *call.args, **call.options
+        )
     if not cudnn.unsupported(call.shape, dtype, device):
         found[CUDNN] = functools.partial(call.run, "vendor")
     for backend, kernels in plan.GPU_KERNELS.items():
@@ -216,6 +227,26 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
             line[key] = times[other] / line["us"] if other in times else None
 
 
+def split(calls: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """The calls that run, and why the others do not: a kernel that fails must not end the benchmark.
+
+    Raises:
+        BackendError: the GPU does not answer any more.
+    """
+    good, bad = {}, {}
+    for name, call in calls.items():
+        try:
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        except Exception as problem:  # Triton, Inductor and CUDA raise what they like
+            bad[name] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+            check_gpu(name)
+        else:
+            good[name] = call
+    return good, bad
+
+
 def run(
     shapes: Iterable[Shape],
     dtype: torch.dtype,
@@ -228,11 +259,14 @@ def run(
     """Measure shapes; the result is ready for `json.dump`. `seconds` is spent on each shape."""
     ceiling = roofline(dtype, device, measure)
     lines: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
     with torch.inference_mode():
         for shape in shapes:
             say(str(shape))
             call = sample(shape, dtype, device)
-            samples = measure(contenders(call, dtype, device, compiled), seconds)
+            good, bad = split(contenders(call, dtype, device, compiled))
+            failed += [{"shape": str(shape), "name": name, "why": why} for name, why in bad.items()]
+            samples = measure(good, seconds)
             rows = [row(shape, name, values, ceiling, dtype.itemsize) for name, values in samples.items()]
             add_ratios(rows)
             lines += rows
@@ -241,6 +275,7 @@ def run(
         "bytes_per_second": ceiling.bytes_per_second,
         "flops_per_second": ceiling.flops_per_second,
         "rows": lines,
+        "failed": failed,
     }
 
 
@@ -266,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument(
-        "--op", help="only shapes of this op: conv, bottleneck, basic_block, stem, dense_block, transition"
+        "--op", help="only shapes of this op: conv, bottleneck, basic_block, stem, dense_block, transition, ..."
     )
     parser.add_argument("--seconds", type=float, default=1.0, help="spent on each shape")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it compiles every shape")
@@ -297,7 +332,10 @@ def main(arguments: list[str] | None = None) -> int:
         "commit": environment.commit(),
     }
     console.print(table(result, {str(shape): describe(shape) for shape in shapes}))
+    for failure in result["failed"]:
+        console.print(f"failed: {failure['name']} at {failure['shape']}: {failure['why']}", markup=False)
     if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+from .errors import BackendError
 
 Calls = Mapping[str, Callable[[], object]]
 Samples = dict[str, list[float]]
@@ -35,8 +39,10 @@ def interleave(calls: Calls, seconds: float, device: torch.device) -> Samples:
     """
     names, order = list(calls), random.Random(0)
     samples: Samples = {name: [] for name in names}
-    with torch.cuda.device(device), torch.backends.cudnn.flags(benchmark=True):
-        graphs = {name: captured(call) for name, call in calls.items()}
+    with torch.cuda.device(device), cudnn_measures():
+        # One pool for all: only one graph runs at a time, and what it computes is not looked at.
+        pool = torch.cuda.graph_pool_handle()
+        graphs = {name: captured(call, pool) for name, call in calls.items()}
         # Twice the L2 cache: writing it drives everything else out.
         flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
         begun = time.perf_counter()
@@ -56,8 +62,41 @@ def interleave(calls: Calls, seconds: float, device: torch.device) -> Samples:
     return samples
 
 
-def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """The call as a CUDA graph, after three runs in which it compiles, packs and chooses."""
+def check_gpu(culprit: str) -> None:
+    """After an error: does the GPU still answer this process? An illegal access leaves it without one.
+
+    Raises:
+        BackendError: it does not; nothing that this process does from here on can succeed.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise BackendError(f"the GPU is lost to this process after {culprit}: {reason}") from error
+
+
+@contextmanager
+def cudnn_measures() -> Iterator[None]:
+    """Have cuDNN measure its algorithms at a shape's first call.
+
+    `torch.backends.cudnn.flags` would not do: it also sets what it is not given, and turns cuDNN off.
+    """
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def captured(call: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """The call as a CUDA graph, after three runs in which it compiles, packs and chooses.
+
+    Args:
+        call: does its work on the current stream.
+        pool: of memory, from `torch.cuda.graph_pool_handle`; None for one of the graph's own.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -65,6 +104,6 @@ def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         call()
     return graph

@@ -5,7 +5,11 @@ Nothing is kept that is not right on this GPU: each contender's output is compar
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import functools
+import itertools
+import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +21,12 @@ from torch import Tensor, nn
 
 from . import plan, settings
 from .errors import BackendError, InputError
-from .gpu_timer import Measure, interleave
+from .gpu_timer import Measure, check_gpu, interleave
 from .kernels import cudnn, triton
 from .kernels.triton import configs, tuned
 from .kernels.triton.configs import Config
 from .samples import Sample, sample
-from .shapes import DenseBlock, Shape
+from .shapes import BottleneckChain, DenseBlock, Shape
 
 FINALISTS = 1.2
 """A contender slower than the fastest of its kernel by more than this factor is not measured a second time."""
@@ -97,15 +101,20 @@ def shapes_of(model: nn.Module, x: Tensor) -> list[Shape]:
 
 
 def _parts(shape: Shape) -> list[Shape]:
-    """The layers of a block, the dense layers of a dense block, which have configurations of their own, and itself."""
-    dense: list[Shape] = []
-    if isinstance(shape, DenseBlock):
-        dense = [replace(shape, c=shape.c + i * shape.growth, depth=1) for i in range(shape.depth)]
-    return [*shape.layers(), *dense, shape]
+    """The layers of a block, the dense layers of a dense block, the block that a chain repeats, and itself."""
+    inner: list[Shape] = []
+    if isinstance(shape, DenseBlock):  # its layers have configurations of their own
+        inner = [replace(shape, c=shape.c + i * shape.growth, depth=1) for i in range(shape.depth)]
+    if isinstance(shape, BottleneckChain):
+        inner = [shape.block]
+    return [*shape.layers(), *inner, shape]
 
 
-def contenders(call: Sample, dtype: torch.dtype, device: torch.device) -> Iterator[Contender]:
-    """Every way to compute a sample on this device: each configuration of each kernel, and the vendor's library."""
+def contenders(call: Sample, dtype: torch.dtype, device: torch.device, most: int | None = None) -> Iterator[Contender]:
+    """Every way to compute a sample on this device: each configuration of each kernel, and the vendor's library.
+
+    With `most`, only so many configurations of a kernel, those that the heuristic ranks first.
+    """
     shape, arch = call.shape, configs.architecture(device)
     for backend, kernels in plan.GPU_KERNELS.items():
         if kernels.unsupported(shape, dtype, device):
@@ -113,7 +122,7 @@ def contenders(call: Sample, dtype: torch.dtype, device: torch.device) -> Iterat
         for candidate in kernels.candidates(shape, dtype, device):
             run = functools.partial(call.run_kernel, kernels, candidate.algorithm)
             if kernels is triton and not (isinstance(shape, DenseBlock) and shape.depth > 1):
-                for config in configs.alternatives(candidate.algorithm, shape, dtype, arch):
+                for config in configs.alternatives(candidate.algorithm, shape, dtype, arch)[:most]:
                     yield Contender(backend, candidate.algorithm, config, functools.partial(run, config=config))
             else:
                 yield Contender(backend, candidate.algorithm, None, run)
@@ -129,6 +138,9 @@ def tune(
     progress: Progress = lambda what, share: None,
     measure: Measure | None = None,
     folder: Path | None = None,
+    most: int | None = None,
+    workers: int = 0,
+    missing: bool = False,
 ) -> Result:
     """Measure shapes on this GPU and add what is found to the user's tuning file, which every later call reads.
 
@@ -140,10 +152,13 @@ def tune(
         progress: called before each shape.
         measure: how to time; by CUDA events and graphs by default.
         folder: where to write; the user's cache folder by default.
+        most: configurations of a kernel to try, those that the heuristic ranks first; all by default.
+        workers: processes that compile a shape's kernels before it is measured; 0 for none but this one.
+        missing: leave out the shapes that the file has already.
 
     Raises:
         InputError: the dtype is another one.
-        BackendError: the device is no CUDA device and no `measure` is given.
+        BackendError: the device is no CUDA device and no `measure` is given, or a kernel cost this process its GPU.
         OSError: the folder cannot be written.
     """
     if dtype not in tuned.DTYPES.values():
@@ -153,33 +168,80 @@ def tune(
             raise BackendError(f"tuning needs a CUDA GPU, the device is {device}")
         measure = functools.partial(interleave, device=device)
     gpu = configs.architecture(device).name
-    wanted = list(shapes)
-    found: list[Tuned] = []
     file = tuned.path(gpu, folder or settings.cache_folder())
-    for done, shape in enumerate(wanted):
-        progress(str(shape), done / len(wanted))
-        found.append(tune_one(shape, dtype, device, seconds, measure))
-        best = {kernel: config.to_dict() for kernel, config in found[-1].configs.items()}
-        # After every shape: an interrupted run keeps what it has.
-        tuned.write(gpu, {(shape, dtype): tuned.Entry(best, found[-1].seconds)}, folder)
+    known = tuned.read(file, gpu) if missing else {}
+    wanted = [shape for shape in shapes if (shape, dtype) not in known]
+    found: list[Tuned] = []
+    with compilers(dtype, device, most, workers) as compile_all:
+        for done, shape in enumerate(wanted):
+            progress(str(shape), done / len(wanted))
+            compile_all(shape)
+            found.append(tune_one(shape, dtype, device, seconds, measure, most))
+            best = {kernel: config.to_dict() for kernel, config in found[-1].configs.items()}
+            # After every shape: an interrupted run keeps what it has.
+            tuned.write(gpu, {(shape, dtype): tuned.Entry(best, found[-1].seconds)}, folder)
     plan.choose.cache_clear()
     progress("done", 1.0)
     return Result(gpu, dtype, file, tuple(found))
 
 
+@contextlib.contextmanager
+def compilers(
+    dtype: torch.dtype, device: torch.device, most: int | None, workers: int
+) -> Iterator[Callable[[Shape], None]]:
+    """Processes that compile: what is given has every contender of a shape run once in one of them.
+
+    That leaves its kernel in Triton's cache on disk. Compiling takes longer than measuring, and one process compiles on
+    one core. What fails here fails again, and is reported, where it is measured.
+    """
+    if not workers:
+        yield lambda shape: None
+        return
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+
+        def compile_all(shape: Shape) -> None:
+            with contextlib.suppress(concurrent.futures.BrokenExecutor):
+                parts = [pool.submit(_run_part, shape, dtype, device, most, part, workers) for part in range(workers)]
+                concurrent.futures.wait(parts)
+
+        yield compile_all
+
+
 @torch.inference_mode()
-def tune_one(shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float, measure: Measure) -> Tuned:
+def _run_part(shape: Shape, dtype: torch.dtype, device: torch.device, most: int | None, part: int, parts: int) -> None:
+    """Run every `parts`-th contender of a shape, from number `part` on."""
+    call = sample(shape, dtype, device)
+    for contender in itertools.islice(contenders(call, dtype, device, most), part, None, parts):
+        with contextlib.suppress(Exception):
+            contender.run()
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # the process that measures needs it
+
+
+@torch.inference_mode()
+def tune_one(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float,
+    measure: Measure,
+    most: int | None = None,
+) -> Tuned:
     """Measure one shape; see `tune`."""
     call = sample(shape, dtype, device)
     exact = call.to(torch.float64).run("reference")
     allowed = 2 * _error(call.run("reference"), exact) + torch.finfo(dtype).eps * exact.abs().max().item()
     accepted: dict[str, Contender] = {}
     rejected: list[tuple[str, str]] = []
-    for contender in contenders(call, dtype, device):
+    for contender in contenders(call, dtype, device, most):
         try:
             error = _error(contender.run(), exact)
         except Exception as problem:  # Triton and CUDA raise what they like: it must not end the run
             rejected.append((str(contender), f"{type(problem).__name__}: {problem}".splitlines()[0]))
+            check_gpu(str(contender))
             continue
         if error <= allowed:
             accepted[str(contender)] = contender

@@ -99,7 +99,7 @@ def test_run_ratios_and_table(kernels, monkeypatch):
     monkeypatch.setattr(plan, "GPU_KERNELS", {"triton": fake})
     monkeypatch.setattr(kernels.cudnn, "unsupported", lambda *_: "it runs on CUDA GPUs")
     monkeypatch.setattr(kernels, "roofline", lambda *_: kernels.Roofline(1e12, 1e14))
-    monkeypatch.setattr(kernels.torch, "compile", lambda function: function)
+    monkeypatch.setattr(kernels.torch, "compile", lambda function, dynamic: function)
 
     def measure(calls, seconds):
         for call in calls.values():
@@ -121,12 +121,29 @@ def test_run_ratios_and_table(kernels, monkeypatch):
     assert "3.00" in text
 
 
+def test_a_kernel_that_fails_is_told_and_the_others_are_measured(kernels, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("out of registers\nmore")
+
+    fake = SimpleNamespace(
+        unsupported=lambda *_: None, candidates=lambda *_: [SimpleNamespace(algorithm="gemm")], conv_bn_act=fail
+    )
+    monkeypatch.setattr(plan, "GPU_KERNELS", {"triton": fake})
+    monkeypatch.setattr(kernels, "roofline", lambda *_: kernels.Roofline(1e12, 1e14))
+    measure = lambda calls, seconds: {name: [1e-5] for name in calls}  # noqa: E731
+    result = kernels.run([SHAPES[0]], torch.bfloat16, CPU, 1.0, False, measure)
+    assert [line["name"] for line in result["rows"]] == ["eager channels_last"]
+    assert result["failed"] == [
+        {"shape": str(SHAPES[0]), "name": "triton gemm", "why": "RuntimeError: out of registers"}
+    ]
+
+
 def test_every_contender_is_called_with_what_it_takes(kernels):
     for shape in SHAPES:
         call = sample(shape, torch.float32, CPU)
         found = kernels.contenders(call, torch.float32, CPU, compiled=False)
         assert isinstance(found[kernels.EAGER], functools.partial)
-        assert found[kernels.EAGER]().shape == shape.output_shape
+        assert (*found[kernels.EAGER]().shape, 1, 1)[:4] == shape.output_shape
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

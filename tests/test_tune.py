@@ -1,5 +1,6 @@
 """Tuning files: round trip, damaged, foreign, by several writers; what tuning makes of times, with a fake timer."""
 
+import contextlib
 import json
 import multiprocessing
 import re
@@ -15,7 +16,17 @@ from resnet_fused import gpu_timer, plan, settings, tune
 from resnet_fused.errors import BackendError, InputError
 from resnet_fused.kernels.triton import configs, tuned
 from resnet_fused.samples import Sample, sample
-from resnet_fused.shapes import BasicBlock, Bottleneck, Conv, DenseBlock, PreActBlock, Stem, Transition
+from resnet_fused.shapes import (
+    BasicBlock,
+    Bottleneck,
+    BottleneckChain,
+    Conv,
+    DenseBlock,
+    Head,
+    PreActBlock,
+    Stem,
+    Transition,
+)
 
 GPU = "NVIDIA Imaginary 9000"
 ARCH = configs.Architecture(GPU, (9, 0), 132, 227 * 1024, 50 << 20)
@@ -33,6 +44,8 @@ SHAPES = [
     DenseBlock(2, 8, 5, 5, 4, 2, 8),
     DenseBlock(2, 8, 5, 5, 4, 2),
     Transition(2, 8, 5, 5, 4),
+    BottleneckChain(2, 16, 5, 5, 8, 2),
+    Head(2, 8, 5, 5, 4),
 ]
 
 
@@ -212,7 +225,7 @@ def test_samples_have_their_shape(shape, dtype):
         y = call.run("reference")
         exact = call.to(torch.float64).run("reference")
     assert choices[0].shape == shape
-    assert tuple(y.shape) == shape.output_shape
+    assert (*y.shape, 1, 1)[:4] == shape.output_shape
     assert (y.double() - exact).abs().max() < 0.1 * exact.abs().max()
 
 
@@ -299,6 +312,60 @@ def test_tuned_times_decide_the_plan(kernels):
     tuned.write(GPU, {(CONV, torch.bfloat16): entry(**{"triton gemm": 4e-5, "vendor cudnn": 3e-5})})
     assert choice().backend == "vendor"
     plan.choose.cache_clear()
+
+
+def test_only_so_many_configurations_and_only_missing_shapes(kernels):
+    asked = []
+
+    def measure(calls, seconds):
+        asked.append(list(calls))
+        return {name: [1e-5] for name in calls}
+
+    other = Conv(3, 8, 5, 5, 16, 1, 1)
+    for shapes in ([CONV], [CONV, other]):
+        tune.tune(shapes, torch.bfloat16, torch.device("cpu"), 1.0, measure=measure, most=2, missing=True)
+    names = [f"triton gemm, {b}, 4 warps, 2 stages" for b in (16, 32)]
+    assert asked[0] == [*names, "cuda implicit_gemm", "vendor cudnn"]
+    assert len(asked) == 4  # twice each, CONV once
+    assert {shape for shape, _ in tuned.read(file(), GPU)} == {CONV, other}
+
+
+def test_kernels_are_compiled_in_other_processes_before_they_are_measured(monkeypatch):
+    seen = []
+    monkeypatch.setattr(tune, "tune_one", lambda shape, *_: seen.append(shape) or tune.Tuned(shape, {}, {}, ()))
+    monkeypatch.setattr(tune, "compilers", fake_compilers(seen))
+    tune.tune([CONV], torch.bfloat16, torch.device("cpu"), 1.0, measure=lambda *_: {}, workers=3, most=1)
+    assert seen == [("compile", torch.bfloat16, 1, 3, CONV), CONV]
+
+
+def fake_compilers(seen):
+    @contextlib.contextmanager
+    def compilers(dtype, device, most, workers):
+        yield lambda shape: seen.append(("compile", dtype, most, workers, shape))
+
+    return compilers
+
+
+def test_parts_of_the_contenders(kernels, monkeypatch):
+    """The processes that compile take every contender once between them, and one that fails stops nothing."""
+    ran = []
+    named = [
+        tune.Contender("triton", f"a{i}", None, lambda i=i: ran.append(i) or (1 / 0 if i == 2 else None))
+        for i in range(5)
+    ]
+    monkeypatch.setattr(tune, "contenders", lambda *_: iter(named))
+    for part in range(2):
+        tune._run_part(CONV, torch.bfloat16, torch.device("cpu"), None, part, 2)
+    assert ran == [0, 2, 4, 1, 3]
+
+
+@pytest.mark.thorough
+def test_compilers_are_processes():
+    with tune.compilers(torch.bfloat16, torch.device("cpu"), 1, 2) as compile_all:
+        compile_all(CONV)
+        children = multiprocessing.active_children()
+        assert len(children) == 2
+    assert all(not child.is_alive() for child in children)
 
 
 def test_tune_refuses():

@@ -88,6 +88,7 @@ def packed(weight: Tensor, key: Hashable, make: Callable[[], Any], scale: Tensor
             # Not as inference tensors, which autograd could not save, whatever mode the first call comes in.
             with torch.inference_mode(False), torch.no_grad():
                 pack = _Pack(make(), *sources)
+            wait_for(weight.device)
             by_key = dict(_packs(weight))  # replaced, not changed: other threads read without the lock
             by_key.pop(key, None)
             while len(by_key) >= PACKS_PER_WEIGHT:
@@ -97,6 +98,15 @@ def packed(weight: Tensor, key: Hashable, make: Callable[[], Any], scale: Tensor
     return pack.value
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait for what the current stream has to do: a pack that is kept may be read on any other stream from now on.
+
+    Inside a CUDA graph's capture, where no one may wait, packs are the graph's own until its first replay.
+    """
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).synchronize()
+
+
 def forget(weight: Tensor) -> None:
     """Drop the packs of this weight: for changes that leave no trace on it."""
     if _packs(weight):
@@ -104,7 +114,7 @@ def forget(weight: Tensor) -> None:
 
 
 def _forget(key: int, owner: weakref.ref[Tensor]) -> None:
-    packs = _all.get(key)
+    packs = _all.get(key) if _all else None  # None when the interpreter shuts down
     if packs is not None and packs.owner is owner:
         del _all[key]
 
