@@ -155,16 +155,20 @@ class Fusion:
         self._modules = [children[name] for children, name in inside]
         self._whole = list(whole)
         self._size = sum(map(len, whole))
-        # Held directly: all of these are looked at on every call.
-        self._present = [m for m in self._modules if m is not None]
-        self._hooks = [
-            hooks
-            for m in self._present
-            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        ]
+        self._watch([m for m in self._modules if m is not None])
         self._sources = [source for layer in layers for source in layer.sources()]
         self._first = self.convs[0]
         self._norms = [layer.norm for layer in layers if layer.norm is not None and layer.eps is None]
+
+    def _watch(self, modules: Sequence[nn.Module]) -> None:
+        """Run unfused while one of these modules has a hook or is in train mode."""
+        # Held directly: all of these are looked at on every call.
+        self._present = list(modules)
+        self._hooks = [
+            hooks
+            for m in modules
+            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         # What is kept holds addresses, which mean nothing in a copy.
@@ -286,18 +290,29 @@ class BottleneckFusion(Fusion):
 
 
 class PreActBlockFusion(Fusion):
-    """Prologue, two or three convolutions with the BatchNorms after them, and the shortcut, its projection last."""
+    """Prologue, two or three convolutions with the BatchNorms after them, and the shortcut, its projection last.
+
+    Args:
+        prologue: whether the first layer is one.
+        projection: whether the last layer is one.
+        args: as in `Fusion`.
+        kwargs: as in `Fusion`.
+    """
 
     op = "preact_block"
 
+    def __init__(self, *args: Any, prologue: bool, projection: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.prologue = prologue
+        self.projection = projection
+
     def compute(self, x: Tensor, arguments: Sequence[Arguments], backend: str, accuracy: str) -> Tensor:  # noqa: D102
-        options = dict(self.options)
         path = list(arguments)
-        _, *ends = path.pop(0) if options.pop("prologue") else (None, None, None)
-        wd = path.pop()[0] if options.pop("projection") else None
+        _, *ends = path.pop(0) if self.prologue else (None, None, None)
+        wd = path.pop()[0] if self.projection else None
         weights, scales, shifts = (list(column) for column in zip(*path, strict=True))
         tensors = (*ends, weights, scales, shifts, wd)
-        return ops.preact_block(x, *tensors, **options, backend=backend, accuracy=accuracy)
+        return ops.preact_block(x, *tensors, **self.options, backend=backend, accuracy=accuracy)
 
 
 class DenseBlockFusion(Fusion):

@@ -10,6 +10,7 @@ import pytest
 import thirdparty
 import torch
 import torch._dynamo.testing
+import torch._inductor
 from nets import assert_parity, images, ops_run
 from torch import nn
 from torch.nn import functional
@@ -305,6 +306,57 @@ def test_data_parallel_wrapper():
     fast.load_state_dict(wrapped.state_dict(), strict=True)
 
 
+def test_distributed_data_parallel(tmp_path):
+    model = rf.models.randomize_batchnorms(rf.models.CifarResNet(8)).eval()
+    expected, x = rf.fuse(model), images(2, 16)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model)).eval()
+        inside = nn.parallel.DistributedDataParallel(rf.fuse(model)).eval()
+        for fast in (rf.fuse(wrapped), rf.fuse(wrapped, inplace=True), inside):
+            assert len(ops_run(fast, x)) == len(ops_run(expected, x))
+            assert same(fast, expected, x)
+            fast.load_state_dict({f"module.{name}": t for name, t in model.state_dict().items()}, strict=True)
+        inside.train()(x).sum().backward()  # the gradients are averaged through hooks on the parameters
+        model.train()(x).sum().backward()
+        for p, q in zip(inside.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+INTERPRETED = {
+    "residual": lambda: rf.models.CifarResNet(8),
+    "bottleneck": lambda: nn.Sequential(plain.Bottleneck(16, 4), plain.Bottleneck(16, 4)),
+    "pre-activation": lambda: PreAct(16, 8, 24, 2),
+    "dense": lambda: nn.Sequential(Dense(16, 4, 2), rf.nn.Transition(24, 8)),
+    "additions": lambda: nn.Sequential(IRBlock(16, 16, 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", INTERPRETED)
+def test_interpreted_triton_kernels(family, dtype):
+    pytest.importorskip("triton")
+    model = rf.models.randomize_batchnorms(INTERPRETED[family]()).eval().to(dtype)
+    x = torch.randn(1, 3 if family == "residual" else 16, 8, 8).to(dtype)
+    with rf.backend("triton"):
+        fast = rf.fuse(model)
+        rows = rf.explain(fast, x).rows
+        assert {row.backend for row in rows} == {"triton"}, rows
+        assert_parity(model, fast, x)
+
+
+def test_onnx_export_of_the_unfused_model(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    model = rf.models.randomize_batchnorms(nn.Sequential(plain.BasicBlock(4, 4))).eval()
+    torch.onnx.export(rf.unfuse(rf.fuse(model)), (torch.randn(1, 4, 6, 6),), tmp_path / "model.onnx", dynamo=True)
+    kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert "Conv" in kinds and not any("resnet_fused" in kind for kind in kinds)
+
+
 def test_feature_extraction():
     model = rf.models.randomize_batchnorms(compatibility.MODELS["timm resnet50"].make()).eval()
     fast, x = rf.fuse(model), images(1, 64)
@@ -344,24 +396,72 @@ def test_export():
         torch.testing.assert_close(exported.module()(larger), fast(larger), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thorough
+def test_ahead_of_time_inductor(tmp_path):
+    model = rf.models.randomize_batchnorms(nn.Sequential(plain.BasicBlock(8, 8), IRBlock(8, 8, 2))).eval()
+    fast, x = rf.fuse(model), torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        exported = torch.export.export(fast, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+        larger = torch.randn(5, 8, 6, 6)
+        loaded = torch._inductor.aoti_load_package(package)
+        torch.testing.assert_close(loaded(larger), fast(larger), rtol=1e-5, atol=1e-5)
+
+
+class StandardizedConv(nn.Conv2d):
+    """A convolution with a standardised weight, as BiT has it."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return functional.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def test_norms_of_the_image_are_left_alone():
+    norm = nn.Sequential(plain.conv3x3(8, 8), nn.BatchNorm2d(8))
+    group = nn.Sequential(plain.conv3x3(8, 8), nn.GroupNorm(2, 8), nn.ReLU())
+    before = nn.Sequential(nn.InstanceNorm2d(8), nn.ReLU(), plain.conv1x1(8, 8))
+    model = rf.models.randomize_batchnorms(nn.Sequential(norm, group, before)).eval()
+    fast, x = rf.fuse(model), torch.randn(2, 8, 6, 6)
+    why = {row.block: row.why for row in rf.explain(fast, x).rows if row.kernel == "unfused"}
+    assert why == {
+        "1.0": "1.1 is a GroupNorm: its statistics depend on the image",
+        "2.2": "2.0 is a InstanceNorm2d: its statistics depend on the image",
+    }
+    assert_parity(model, fast, x)
+    with pytest.raises(InputError, match="1 is a GroupNorm"):
+        rf.fuse(group)
+
+
+def test_standardised_weights_are_left_alone():
+    model = two(nn.Sequential(plain.conv3x3(8, 8), nn.BatchNorm2d(8)), StandardizedConv(8, 8, 3, padding=1))
+    model.append(nn.BatchNorm2d(8).eval())
+    fast, x = rf.fuse(model), torch.randn(2, 8, 6, 6)
+    rows = rf.explain(fast, x).rows
+    assert [row.kernel for row in rows] == ["conv_bn_act", "unfused"]
+    assert "computes something else" in fast._unfused_reasons["1"] and "weight is computed" in rows[1].why
+    assert_parity(model, fast, x)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda m: m.to("meta"), "meta device"),
         (lambda m: torch.jit.trace(m, images(1, 32)), "scripted or traced"),
+        (lambda m: nn.Sequential(torch.ao.nn.quantized.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval(), "0 convolutions"),
     ],
-    ids=["meta", "scripted"],
+    ids=["meta", "scripted", "quantized"],
 )
 def test_models_that_cannot_be_fused(spoil, message):
     with pytest.raises(InputError, match=message):
         rf.fuse(spoil(rf.models.build("resnet20_cifar").eval()))
 
 
-@pytest.mark.parametrize("kind", ("sparse", "complex"))
-def test_unusual_weights_are_left_alone(kind):
+# With a sparse weight the rest of the block still runs step by step; torch cannot run a complex one on a real image.
+@pytest.mark.parametrize(("kind", "rest"), [("sparse", "1"), ("complex", "1.conv2..bn2")])
+def test_unusual_weights_are_left_alone(kind, rest):
     model = two(plain.BasicBlock(8, 8), plain.BasicBlock(8, 8))
     weight = model[1].conv1.weight.detach()
     model[1].conv1.weight = nn.Parameter(weight.to_sparse() if kind == "sparse" else weight.to(torch.complex64))
     fast = rf.fuse(model, inplace=True)  # torch itself cannot copy a sparse parameter
-    assert list(fusions(fast)) == ["0", "1.conv2..bn2"]
+    assert list(fusions(fast)) == ["0", rest]
     assert kind in fast._unfused_reasons["1.conv1"]

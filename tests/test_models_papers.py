@@ -57,7 +57,10 @@ def test_fused_holds_parity(name, dtype):
     model = prepared(NETS[name](), dtype)
     fast = rf.fuse(model)
     assert fast.state_dict().keys() == model.state_dict().keys()
-    assert_parity(model, fast, images(4, 64 if name in ("vgg", "preact, imagenet") else 32, dtype))
+    x = images(4, 64 if name in ("vgg", "preact, imagenet") else 32, dtype)
+    unfused = [row.block for row in rf.explain(fast, x).rows if row.kernel == "unfused"]
+    assert all(block.endswith(("features.conv0", "join.gate")) for block in unfused), unfused  # no BatchNorm after them
+    assert_parity(model, fast, x)
 
 
 # --- names, keys and structure ---------------------------------------------------------------------------------------

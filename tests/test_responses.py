@@ -1,11 +1,17 @@
 """Layer responses: the standard deviation of every 3x3 layer after BatchNorm."""
 
+import json
+
 import pytest
 import torch
 from nets import images, tiny
+from safetensors.torch import save_file
 from torch import nn
+from typer.testing import CliRunner
 
 import resnet_fused as rf
+from resnet_fused.bench import real_pictures
+from resnet_fused.cli import app
 from resnet_fused.errors import InputError
 from resnet_fused.models.plain import PlainBlock
 from resnet_fused.nn.preact import PreActBasicBlock
@@ -74,3 +80,59 @@ def test_bad_input():
         rf.layer_responses(rf.models.resnet20_cifar(), images())
     with pytest.raises(InputError, match="model must run a 3x3 convolution, got Sequential that runs none"):
         rf.layer_responses(nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), images())
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+run = CliRunner().invoke
+
+
+def test_command(tmp_path):
+    pytest.importorskip("matplotlib")
+    net = randomized(rf.models.plain20_cifar())
+    torch.save(net.state_dict(), tmp_path / "plain.pt")
+    save_file(rf.models.resnet20_cifar().state_dict(), tmp_path / "residual.safetensors")
+    paths = {"--json": tmp_path / "out.json", "--plot": tmp_path / "out.png"}
+    arguments = ["responses", "plain20_cifar", "resnet20_cifar", "--batch", "2"]
+    arguments += ["--weights", str(tmp_path / "plain.pt"), "--weights", str(tmp_path / "residual.safetensors")]
+    outcome = run(app, [*arguments, *(str(part) for pair in paths.items() for part in pair)])
+    assert outcome.exit_code == 0, outcome.output
+    assert "random" not in outcome.stdout
+    result = json.loads(paths["--json"].read_text())
+    assert list(result) == ["plain20_cifar", "resnet20_cifar"]
+    expected = rf.layer_responses(net, real_pictures(2, 32)).to_dict()
+    assert [row["layer"] for row in result["plain20_cifar"]["rows"]] == [row["layer"] for row in expected["rows"]]
+    assert [row["std"] for row in result["plain20_cifar"]["rows"]] == pytest.approx(
+        [row["std"] for row in expected["rows"]], rel=1e-4
+    )
+    assert paths["--plot"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_says_that_weights_are_random():
+    outcome = run(app, ["responses", "resnet20_cifar", "--batch", "1"])
+    assert outcome.exit_code == 0, outcome.output
+    assert "weights are random" in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["resnet51"], ["model", "resnet50", "resnet51"]),
+        (["resnet20_cifar", "--plot", "out.bmp"], ["--plot", ".png", "out.bmp"]),
+        (["resnet20_cifar", "plain20_cifar", "--weights", "a.pt"], ["--weights", "2 models", "got 1"]),
+        (["resnet20_cifar", "--weights", "missing.pt"], ["missing.pt", "state_dict of a CifarResNet"]),
+        (["resnet20_cifar", "--weights", "missing.safetensors"], ["missing.safetensors", "state_dict"]),
+        (["resnet20_cifar", "--weights", __file__], [__file__, "state_dict of a CifarResNet"]),
+    ],
+)
+def test_bad_input_of_the_command(arguments, words):
+    outcome = run(app, ["responses", *arguments])
+    assert outcome.exit_code == 2
+    assert len(outcome.stderr.strip().splitlines()) == 1
+    assert all(word in outcome.stderr for word in words), outcome.stderr
+
+
+def test_weights_of_another_model(tmp_path):
+    torch.save(rf.models.resnet32_cifar().state_dict(), tmp_path / "other.pt")
+    with pytest.raises(InputError, match="must hold the state_dict of a CifarResNet"):
+        rf.models.load_weights(rf.models.resnet20_cifar(), tmp_path / "other.pt")

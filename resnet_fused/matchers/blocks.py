@@ -174,8 +174,8 @@ def pre_activation(parts: Parts, model: Model, **common: Any) -> list[Fusion]:
                 continue
             layers = [make_layer(None, norm, model) for norm in before]
             layers += [make_layer(layer.conv, layer.norm, model) for layer in order]
-            options |= {"prologue": prologue, "projection": bool(projection)}
-            found.append(PreActBlockFusion(layers, options=options, **common))
+            ends = {"prologue": prologue, "projection": bool(projection)}
+            found.append(PreActBlockFusion(layers, options=options, **ends, **common))
     if found:
         check_others(parts, model)
     return found

@@ -7,19 +7,18 @@ passes between them.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from ..fusion import Fusion, Settings
 from ..mixins import original_class
 from .blocks import single_layer
 from .layers import Model, Refused, activation, check_inside, is_norm, make_layer, places_within
+from .tracing import trace
 
 Place = tuple[dict[str, nn.Module | None], str]  # the children of a module, and one of their names
 
@@ -80,13 +79,13 @@ def sequential_runs(sequential: nn.Sequential) -> Iterator[tuple[int, list[nn.Mo
             yield i, children[i : i + 4], places[i : i + 4]
 
 
-def traced_runs(owner: nn.Module) -> Iterator[tuple[list[nn.Module], list[Place]]]:
+def traced_runs(owner: nn.Module, model: Model) -> Iterator[tuple[list[nn.Module], list[Place]]]:
     """Each convolution followed by a BatchNorm in `owner`'s forward, with what follows, and their places.
 
     Raises:
         Refused: torch.fx cannot trace the forward.
     """
-    graph = trace(owner)
+    graph = trace(owner, model)
     calls = Counter(owner.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module")
 
     def place(node: fx.Node) -> Place:
@@ -116,21 +115,3 @@ def last_of_sequential(module: nn.Module, place: Place) -> tuple[nn.Module, Plac
         place = (module._modules, name)
         module = module._modules[name]  # type: ignore[assignment]
     return module, place
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def trace(owner: nn.Module) -> fx.Graph:
-    """The graph of a module's own forward, with its children as single nodes."""
-    # A shallow copy, so that what the forward sets on itself does not stay: during the trace those are proxies.
-    shadow = copy.copy(owner)
-    shadow.__class__ = original_class(owner)
-    try:
-        with torch.no_grad():
-            return _Tracer().trace(shadow)
-    except Exception as error:
-        message = " ".join(str(error).split())[:100]
-        raise Refused(f"the forward of {type(shadow).__name__} cannot be traced: {message}") from None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from ..folding import Layer
@@ -25,11 +25,19 @@ class Refused(Exception):
 
 @dataclass
 class Model:
-    """What the matchers know about the model they look at."""
+    """What the matchers know about the model they look at.
+
+    Attributes:
+        root: the model.
+        paths: of its modules, by id.
+        places: how often a module is held, by id.
+        graphs: of the forwards that were traced.
+    """
 
     root: nn.Module
     paths: dict[int, str] = field(default_factory=dict)
     places: Counter[int] = field(default_factory=Counter)
+    graphs: dict[nn.Module, fx.Graph] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, module in self.root.named_modules():

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from ..folding import Layer, Selection
 from ..fusion import Fusion, unfused
+from ..graph import GraphFusion
 from ..mixins import FUSED_ATTRIBUTES, original_class
-from .layers import Refused, pair
+from .layers import Refused, is_norm, pair
 
 TOLERANCE = 1e-4  # of the output's largest magnitude, in float32: a sum in another order differs by 1e-6
 _POOL = 65537  # a prime: repeated along a weight, no row starts where another does
@@ -23,7 +24,7 @@ class Prober:
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(0)
-        self._noise = torch.randn(_POOL, generator=self._generator, device="cpu")
+        self._noise = Noise(self._generator)
         self._known: dict[Any, int | str] = {}
 
     def choose(self, candidates: Sequence[Fusion], what: str) -> Fusion:
@@ -35,7 +36,7 @@ class Prober:
         Raises:
             Refused: none does; `what` names the modules.
         """
-        key = (*(signature(step) for step in candidates[0].steps), *(candidate.op for candidate in candidates))
+        key = (*(signature(step) for step in candidates[0].steps), *map(type, candidates))
         if key not in self._known:
             try:
                 self._known[key] = self._try(candidates)
@@ -54,12 +55,12 @@ class Prober:
             torch.no_grad(),
             torch.autocast(device.type, enabled=False),
             unfused(),
-            random_tensors(first.layers, self._noise),
+            random_tensors(first, self._noise),
         ):
             expected = run_original(first.steps, x)
             limit = TOLERANCE * expected.abs().max().item()
             for i, candidate in enumerate(candidates):
-                y = candidate.compute(x, candidate.fold(), "reference", "strict")
+                y = run_candidate(candidate, x)
                 if y.shape == expected.shape and (y - expected).abs().max().item() <= limit:  # false for NaN
                     return i
         kinds = " or ".join(dict.fromkeys(candidate.op for candidate in candidates))
@@ -88,6 +89,8 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
 
 def probe_shape(fusion: Fusion) -> tuple[int, int, int, int]:
     """A small input: two images, high and wide enough for a few outputs, not square."""
+    if isinstance(fusion, GraphFusion):
+        return (2, fusion.channels, 8, 12)
     conv = fusion.convs[0]
     (r, s), (stride_h, stride_w), (dil_h, dil_w) = pair(conv.kernel_size), pair(conv.stride), pair(conv.dilation)
     pool = fusion.options.get("pool_kernel", 1)
@@ -117,39 +120,64 @@ def run_original(steps: Sequence[nn.Module], x: Tensor) -> Tensor:
     return y
 
 
+def run_candidate(candidate: Fusion, x: Tensor) -> Tensor:
+    """The output of the op, or of the steps that run instead of the original modules."""
+    try:
+        return candidate.compute(x.clone(), candidate.fold(), "reference", "strict")
+    except Exception as error:
+        if not isinstance(candidate, GraphFusion):
+            raise
+        message = " ".join(str(error).split())[:100]
+        raise Refused(f"does not run step by step: {message}") from None
+
+
+class Noise:
+    """Random numbers in any quantity, always the same."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._pool = torch.randn(_POOL, generator=generator, device="cpu")
+        self._repeated = self._pool
+
+    def draw(self, shape: torch.Size, skip: int) -> Tensor:
+        """A tensor of the noise from its `skip`-th number on: a view, so that a large weight costs nothing."""
+        start, count = skip % _POOL, shape.numel()
+        if self._repeated.numel() < start + count:
+            self._repeated = self._pool.repeat((start + count) // _POOL + 1)
+        return self._repeated[start : start + count].view(shape)
+
+
 @contextmanager
-def random_tensors(layers: Sequence[Layer | Selection], noise: Tensor) -> Iterator[None]:
-    """Put random float32 tensors in place of the layers' own, scaled so that every layer's output is of order one."""
+def random_tensors(fusion: Fusion, noise: Noise) -> Iterator[None]:
+    """Put random float32 tensors in place of the modules' own, scaled so that every layer's output is of order one."""
+    # A convolution's output is as large as its weight has rows; the BatchNorm after it sees to that.
+    fan_ins = {
+        layer.norm: layer.conv.weight[0].numel()
+        for layer in fusion.layers
+        if layer.conv is not None and layer.norm is not None
+    }
+    normalised = {layer.conv for layer in fusion.layers if layer.norm is not None}
     drawn = 0
-
-    def draw(shape: torch.Size) -> Tensor:
-        nonlocal drawn
-        start = drawn % _POOL
-        drawn += shape.numel()
-        return noise.repeat((start + shape.numel()) // _POOL + 1)[start : start + shape.numel()].reshape(shape)
-
     saved: list[tuple[Any, str, Tensor]] = []
     try:
-        for layer in layers:
-            conv, norm = layer.conv, layer.norm
-            fan_in = 1 if conv is None else conv.weight[0].numel()
-            for module in filter(None, (conv, norm)):
-                stores: tuple[Any, ...] = (module._parameters, module._buffers)
-                for store in stores:
-                    for name, tensor in list(store.items()):
-                        if tensor is None or not tensor.is_floating_point():
-                            continue
-                        value = draw(tensor.shape)
-                        if module is conv and norm is None:
-                            value = value / fan_in**0.5
-                        elif name == "running_var":
-                            value = (value.abs() + 0.5) * fan_in * 4
-                        elif name == "running_mean":
-                            value = value * fan_in**0.5
-                        elif module is norm:
-                            value = value * 2
-                        saved.append((store, name, tensor))
-                        store[name] = value.to(tensor.device)
+        for module in dict.fromkeys(m for step in fusion.steps for m in step.modules()):
+            stores: tuple[Any, ...] = (module._parameters, module._buffers)
+            for store in stores:
+                for name, tensor in list(store.items()):
+                    if tensor is None or is_lazy(tensor) or not tensor.is_floating_point():
+                        continue
+                    value = noise.draw(tensor.shape, drawn)
+                    drawn += tensor.numel()
+                    fan_in = fan_ins.get(module, 1)
+                    if name == "running_var":
+                        value = (value.abs() + 0.5) * fan_in * 4
+                    elif name == "running_mean":
+                        value = value * fan_in**0.5
+                    elif is_norm(module):
+                        value = value * 2
+                    elif value.dim() > 1 and module not in normalised:
+                        value = value / value[0].numel() ** 0.5
+                    saved.append((store, name, tensor))
+                    store[name] = value.to(tensor.device)
         yield
     finally:
         for store, name, tensor in saved:

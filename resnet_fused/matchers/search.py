@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
 from ..fusion import Fusion, Settings
 from ..mixins import Fused, FusedSequential, Skipped, original_class
+from ..stages import FusedStage, is_stage
 from .blocks import match_block
 from .chains import Place, last_of_sequential, match_chain, sequential_runs, traced_runs
+from .graphs import match_graph
 from .layers import Model, Refused, is_norm
 from .probe import Prober
+
+IMAGE_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 class Search:
     """What can be fused in a model.
 
-    Residual blocks come first, each the innermost module that is one; then, in what is left, stems and single layers,
-    each the outermost module that is one; then neighbours in an nn.Sequential, and chains in the forward of a module.
+    Residual blocks come first, each the innermost module that is one; then, in what is left, blocks whose layers can
+    take the addition with them; then stems and single layers, each the outermost module that is one; then neighbours in
+    an nn.Sequential, and chains in the forward of a module.
 
     Attributes:
         changes: for each module that is going to change, its mixin and the attributes it gets.
@@ -36,21 +42,55 @@ class Search:
         self._taken: set[nn.Module] = set()  # convolutions that are fused
         self._refused: dict[nn.Module, str] = {}
         self._residual_blocks(root)
+        self._graphs(root)
         self._layers(root)
+        self._stages(root)
 
     @property
     def reasons(self) -> dict[str, str]:
-        """For each path of a convolution that was considered and stays as it is, why."""
-        return {self._model.paths[id(conv)]: why for conv, why in self._refused.items() if conv not in self._taken}
+        """For each path of a convolution that stays as it is although there is a normalization beside it, why."""
+        refused = norms_of_the_image(self._model) | self._refused
+        return {self._model.paths[id(conv)]: why for conv, why in refused.items() if conv not in self._taken}
 
     def _residual_blocks(self, module: nn.Module) -> bool:
         inner = [self._residual_blocks(child) for child in module.children()]
         return any(inner) or self._block(module, residual=True)
 
+    def _graphs(self, module: nn.Module) -> bool:
+        if module in self.changes:
+            return True
+        inner = [self._graphs(child) for child in module.children()]
+        return any(inner) or (self._is_open(module) and self._graph(module))
+
+    def _graph(self, module: nn.Module) -> bool:
+        containers = (nn.Conv2d, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+        if isinstance(module, containers) or is_norm(module) or takes_more_than_an_image(module):
+            return False
+        try:
+            candidates = match_graph(module, self._model, self._settings, self._refused)
+            if not candidates:
+                return False
+            fusion = self._prober.choose(candidates, self._model.name(module))
+        except Refused:  # its layers may still be fused, without the addition
+            return False
+        self._taken.update(fusion.convs)
+        self.changes[module] = (Fused, {"_fused_op": fusion})
+        return True
+
+    def _is_open(self, module: nn.Module) -> bool:
+        """Whether there is a convolution in a module that nothing fuses yet."""
+        return any(isinstance(m, nn.Conv2d) and m not in self._taken for m in module.modules())
+
     def _layers(self, module: nn.Module) -> None:
-        if module in self.changes or self._block(module, residual=False):
+        if not self._is_open(module):
             return
         children = list(module.children())
+        if module in self.changes:  # a block that runs step by step
+            for child in children:
+                self._layers(child)
+            return
+        if self._block(module, residual=False):
+            return
         for child in children:
             self._layers(child)
         if isinstance(module, nn.Sequential) and original_class(module).forward is nn.Sequential.forward:
@@ -92,7 +132,7 @@ class Search:
 
     def _traced(self, owner: nn.Module) -> None:
         try:
-            runs = list(traced_runs(owner))
+            runs = list(traced_runs(owner, self._model))
         except Refused as error:
             self._refuse((c for c in owner.children() if c not in self._refused), error)
             return
@@ -120,8 +160,28 @@ class Search:
         self._taken.add(modules[0])
         return length, fusion
 
+    def _stages(self, root: nn.Module) -> None:
+        for module in root.modules():
+            plain = isinstance(module, nn.Sequential) and original_class(module).forward is nn.Sequential.forward
+            changes = [self.changes.get(child) for child in module._modules.values() if child is not None]
+            fusions = [None if change is None else change[1].get("_fused_op") for change in changes]
+            if plain and module not in self.changes and is_stage(fusions):
+                self.changes[module] = (FusedStage, {})
+
     def _refuse(self, modules: Iterable[nn.Module], error: Refused) -> None:
         self._refused |= {m: str(error) for m in modules if isinstance(m, nn.Conv2d)}
+
+
+def norms_of_the_image(model: Model) -> dict[nn.Module, str]:
+    """For each convolution registered next to a normalization that cannot be folded, why that is so."""
+    order = [m for m in model.root.modules() if isinstance(m, (nn.Conv2d, *IMAGE_NORMS)) or is_norm(m)]
+    found: dict[nn.Module, str] = {}
+    # The norm after a convolution counts before the one in front of it.
+    for conv, norm in (*((b, a) for a, b in pairwise(order)), *pairwise(order)):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, IMAGE_NORMS):
+            kind = next(base.__name__ for base in type(norm).__mro__ if base.__module__.startswith("torch."))
+            found[conv] = f"{model.paths[id(norm)]} is a {kind}: its statistics depend on the image"
+    return found
 
 
 def takes_more_than_an_image(module: nn.Module) -> bool:

@@ -41,6 +41,7 @@ from .preact import (
 from .registry import build, find, names
 from .resnet import ResNet, randomize_batchnorms, resnet18, resnet34, resnet50, resnet101, resnet152
 from .vgg import VGG, vgg16_bn, vgg19_bn
+from .weights import load_weights
 
 __all__ = [
     "VGG",
@@ -62,6 +63,7 @@ __all__ = [
     "densenet_cifar",
     "find",
     "identity_mappings_cifar",
+    "load_weights",
     "names",
     "plain18",
     "plain20_cifar",
