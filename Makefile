@@ -3,6 +3,9 @@
 #   make bench   the main job: ResNet-50 fused, verified and timed (BENCH="--dtype bf16" passes arguments on)
 #   make test    linters, type checks and the tests (PYTEST="-k fuse" passes arguments on; PYTEST=--thorough
 #                plants every bug and runs more sanitizers, for half an hour more)
+#   make report  the package beside every peer on this machine, and the report made of it (REPORT="--models resnet18")
+#   make gpu     on a machine with an NVIDIA GPU: prove every kernel, tune, measure, in 10 minutes (docs/gpu.md;
+#                GPU=--full without the limit; WHEEL=path takes the native library from there)
 #   make build | lint | pytest | native-test | wheel | clean
 #
 # Which torch is installed:
@@ -23,12 +26,14 @@ TORCH_cuda := torch>=2.11
 TORCH ?= $(TORCH_$(DEVICE))
 TORCH_INDEX ?=
 BENCH ?=
+REPORT ?=
+GPU ?=
 PYTEST ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.24" "ninja>=1.11" "pybind11>=2.13"
-CUDA_TOOLKIT := "nvidia-cuda-nvcc==13.0.*" "nvidia-nvvm==13.0.*" "nvidia-cuda-crt==13.0.*" "nvidia-cuda-runtime==13.0.*"
+CUDA_TOOLKIT := $(patsubst %,"nvidia-%==13.0.*",cuda-nvcc nvvm cuda-crt cuda-runtime cuda-cccl)
 ifeq ($(filter test pytest wheel,$(MAKECMDGOALS))$(filter cuda,$(DEVICE)),)
 RESNET_FUSED_CUDA ?= 0
 endif
@@ -36,11 +41,18 @@ export RESNET_FUSED_CUDA
 SOURCES := $(shell find csrc tests/native tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: bench test pytest lint build native-test wheel clean FORCE
+.PHONY: bench report gpu test pytest lint build native-test wheel clean FORCE
 .DELETE_ON_ERROR:
 
 bench: $(VENV)/.build
 	$(BIN)/resnet-fused bench $(BENCH)
+
+report: $(VENV)/.build $(VENV)/.peers
+	$(BIN)/python benchmarks/suite.py --device $(DEVICE) $(REPORT)
+
+gpu: $(if $(WHEEL),,$(VENV)/.cuda) $(VENV)/.test
+	@nvidia-smi -L >/dev/null || { echo "error: make gpu needs an NVIDIA GPU, nvidia-smi sees none" >&2; exit 2; }
+	$(BIN)/python benchmarks/gpu.py $(if $(WHEEL),--wheel $(WHEEL)) $(GPU)
 
 test: lint pytest
 
@@ -79,6 +91,10 @@ $(VENV)/.torch: $(VENV)/torch.txt
 
 $(VENV)/.package: $(VENV)/.torch pyproject.toml
 	$(PIP) install --no-build-isolation -e ".[bench]"
+	@touch $@
+
+$(VENV)/.peers: $(VENV)/.package
+	$(PIP) install --no-build-isolation -e ".[peers]"
 	@touch $@
 
 # nvcc needs no GPU; about 100 MB where it comes from PyPI.

@@ -1,7 +1,8 @@
-"""The command line, `resnet-fused`: bench, verify, explain, info, tune, env."""
+"""The command line, `resnet-fused`: bench, verify, explain, info, responses, tune, env."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,12 +17,14 @@ from rich.table import Table
 
 from . import bench as benchmark
 from . import environment, models, report
+from . import peers as comparison
 from . import tune as tuning
 from .complexity import info as count
 from .errors import BackendError, InputError
 from .explain import explain as explain_model
 from .fuse import fuse
 from .kernels import cuda, native
+from .responses import layer_responses, plot_responses
 from .verify import verify as verify_model
 
 app = typer.Typer(
@@ -58,12 +61,15 @@ def bench(
     device: Device = "cpu",
     accuracy: Annotated[str | None, typer.Option(help="strict or fast; left out, both where they differ.")] = None,
     seconds: Annotated[float, typer.Option(help="Time to spend on each group of interleaved timings.")] = 15.0,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Compare with everything else on this machine as well, in one run.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the result here, as PNG.")] = None,
 ) -> None:
     """Verify the fused model and time it against the original, on real pictures.
 
-    Exit code 1 if parity does not hold.
+    Exit code 1 if parity does not hold, 130 after Ctrl-C, which with --peers keeps what was measured.
     """
     with errors_in_one_sentence():
         dtypes = ("fp32", "bf16") if dtype is None else (dtype,)
@@ -72,16 +78,17 @@ def bench(
         report.check_output("--plot", plot, ".png")
         if plot:
             benchmark.require("matplotlib", "matplotlib", "plots")
-        columns = (TextColumn("{task.description:<36}"), BarColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("start", total=1.0)
-            result = benchmark.run(job, lambda what, share: progress.update(task, description=what, completed=share))
+            measure = comparison.run if peers else benchmark.run
+            result = measure(job, lambda what, share: progress.update(task, description=what, completed=share))
         report.print_result(result, console)
         if json:
             report.write_json(result, json)
         if plot:
             report.plot(result, plot)
-        raise typer.Exit(0 if result["parity"]["ok"] else 1)
+        raise typer.Exit(130 if result["interrupted"] else 0 if result["parity"]["ok"] else 1)
 
 
 @app.command()
@@ -112,11 +119,14 @@ def explain(
     device: Device = "cpu",
     accuracy: Accuracy = "strict",
     backend: Backend = "auto",
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Time every block beside the least time that this machine allows.")
+    ] = False,
 ) -> None:
     """Show which kernel runs every block at this shape, and why."""
     with errors_in_one_sentence():
         unfused, x = benchmark.prepare(benchmark.Job(model, batch, (dtype,), device, accuracy), dtype)
-        console.print(explain_model(fuse(unfused, backend=backend, accuracy=accuracy), x))
+        console.print(explain_model(fuse(unfused, backend=backend, accuracy=accuracy), x, roofline))
 
 
 @app.command()
@@ -138,11 +148,51 @@ def info(
 
 
 @app.command()
+def responses(
+    names: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models of resnet_fused.models.")],
+    weights: Annotated[
+        list[Path] | None, typer.Option(help="A trained state_dict, .safetensors or torch.save's; once for each model.")
+    ] = None,
+    batch: Batch = 16,
+    json: Annotated[Path | None, typer.Option(help="Write the responses here, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the responses of all models here, as PNG.")] = None,
+) -> None:
+    """Measure how strongly each 3x3 layer of trained nets responds to real pictures."""
+    with errors_in_one_sentence():
+        if weights and len(weights) != len(names):
+            raise InputError(f"--weights must be given once for each of the {len(names)} models, got {len(weights)}")
+        jobs = [benchmark.Job(name, batch, ("fp32",)) for name in names]
+        report.check_output("--json", json)
+        report.check_output("--plot", plot, ".png")
+        if plot:
+            benchmark.require("matplotlib", "matplotlib", "plots")
+        measured = {}
+        for index, job in enumerate(jobs):
+            net, x = benchmark.prepare(job, "fp32")
+            if weights:
+                models.load_weights(net, weights[index])
+            measured[job.model] = layer_responses(net, x)
+            console.print(job.model, style="bold")
+            console.print(measured[job.model])
+        if not weights:
+            console.print("The weights are random: give --weights of trained nets to compare them.", style="yellow")
+        if json:
+            report.write_json({name: found.to_dict() for name, found in measured.items()}, json)
+        if plot:
+            plot_responses(measured, plot)
+
+
+@app.command()
 def tune(
     model: Model = "resnet50",
     batch: Batch = 64,
     dtype: Dtype = "bf16",
     seconds: Annotated[float, typer.Option(help="Time to spend on measuring each shape.")] = 2.0,
+    configs: Annotated[
+        int | None, typer.Option(help="Configurations of a kernel to try, the most promising first; all if left out.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that compile before a shape is measured.")] = 0,
+    missing: Annotated[bool, typer.Option("--missing", help="Leave out shapes that were tuned before.")] = False,
 ) -> None:
     """Measure every kernel and configuration for a model's shapes on this GPU; later calls use what was fastest."""
     with errors_in_one_sentence():
@@ -153,12 +203,14 @@ def tune(
         columns = (TextColumn("{task.description:<60}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("start", total=1.0)
+
+            def tell(what: str, share: float) -> None:
+                progress.update(task, description=what[:60], completed=share)
+                if not progress.console.is_terminal:  # in a log there is no bar
+                    print(f"{share:4.0%} {what}", file=sys.stderr, flush=True)
+
             result = tuning.tune(
-                shapes,
-                x.dtype,
-                x.device,
-                seconds,
-                lambda what, share: progress.update(task, description=what[:60], completed=share),
+                shapes, x.dtype, x.device, seconds, tell, most=configs, workers=workers, missing=missing
             )
         table = Table("shape", "fastest", "us", "others, times as slow", title=f"Tuned for {result.gpu}, {dtype}")
         for tuned in result.shapes:

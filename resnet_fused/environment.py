@@ -12,6 +12,9 @@ import torch
 from ._version import __version__
 from .kernels import cuda, native
 
+LIBRARIES = ("torchvision", "transformers", "triton")
+PEERS = ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch-tensorrt")
+
 
 def device_name(device: str) -> str:
     """The processor's or GPU's own name."""
@@ -40,7 +43,7 @@ def commit() -> str | None:
 def versions() -> dict[str, str]:
     """Versions of the package, of Python and of the libraries that take part, by distribution name."""
     found = {"resnet_fused": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("torchvision", "transformers", "triton"):
+    for name in (*LIBRARIES, *PEERS):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -22,7 +22,7 @@ from .errors import BackendError
 from .kernels import cpu, cuda, cudnn, native, triton, vendor
 from .kernels.precision import allow_tf32
 from .kernels.triton import tuned
-from .shapes import Conv, Shape, Transition
+from .shapes import BottleneckChain, Conv, Head, Shape, Transition
 
 State = tuple[int, str, bool]
 """Number of threads, instruction set, TF32 allowed: what a choice depends on beside the call's arguments."""
@@ -137,7 +137,9 @@ def _gpu_candidates(
     if not isinstance(shape, Conv):
         layers = [choose(layer, dtype, device, name, accuracy, state) for layer in shape.layers()]
         known = [layer.seconds[0][1] for layer in layers if layer.seconds]
-        found.append(_Candidate(name, "layers", True, sum(known) if len(known) == len(layers) else None))
+        # What a pooling takes beside the layers is not known.
+        complete = len(known) == len(layers) and not isinstance(shape, Transition | Head)
+        found.append(_Candidate(name, "layers", True, sum(known) if complete else None))
     return found
 
 
@@ -165,6 +167,8 @@ def choose(shape: Shape, dtype: torch.dtype, device: torch.device, backend: str,
     Raises:
         BackendError: the backend asked for by name cannot run this.
     """
+    if isinstance(shape, BottleneckChain):
+        return _choose_chain(shape, dtype, device, backend, accuracy, state)
     on_cpu = device.type == "cpu"
     candidates: list[_Candidate] = []
     obstacles: dict[str, str] = {}
@@ -192,6 +196,30 @@ def choose(shape: Shape, dtype: torch.dtype, device: torch.device, backend: str,
     if not candidates:
         candidates.append(_Candidate("reference", "torch", not isinstance(shape, Conv), None))
     return _best(shape, backend, candidates, obstacles)
+
+
+def _choose_chain(
+    shape: BottleneckChain, dtype: torch.dtype, device: torch.device, backend: str, accuracy: str, state: State
+) -> Choice:
+    """The chain's own kernel where it was measured faster than its blocks, or is asked for and nothing was measured."""
+    block = choose(shape.block, dtype, device, backend, accuracy, state)
+    seconds = shape.depth * block.seconds[0][1] if block.seconds else None
+    single = _Candidate(block.backend, "blocks", True, seconds)
+    own: list[_Candidate] = []
+    obstacles: dict[str, str] = {}
+    if backend == "auto" and device.type == "cpu":
+        obstacles["cpu"] = "it has no kernel for more than a block"
+    elif backend in ("auto", "triton"):
+        if why := triton.unsupported(shape, dtype, device):
+            obstacles["triton"] = why
+        else:
+            # A time says nothing where that of the blocks is not known.
+            measured = tuned.backend_seconds(shape, dtype, device) or {} if block.seconds else {}
+            own = [
+                _Candidate("triton", c.algorithm, False, measured.get(f"triton {c.algorithm}"), config=c.config)
+                for c in triton.candidates(shape, dtype, device)
+            ]
+    return _best(shape, backend, [*own, single], obstacles)
 
 
 def _gpu_unsupported(kernels: ModuleType, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:

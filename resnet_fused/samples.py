@@ -12,7 +12,18 @@ from torch import Tensor
 
 from . import ops
 from .kernels.layers import DenseLayer
-from .shapes import BasicBlock, Bottleneck, Conv, DenseBlock, PreActBlock, Shape, Stem, Transition
+from .shapes import (
+    BasicBlock,
+    Bottleneck,
+    BottleneckChain,
+    Conv,
+    DenseBlock,
+    Head,
+    PreActBlock,
+    Shape,
+    Stem,
+    Transition,
+)
 
 
 @dataclass(frozen=True)
@@ -186,6 +197,24 @@ def _transition(shape: Transition, random: _Random) -> Sample:
     return Sample(shape, (image, *random.affine(shape.c), random.weight(shape.k, shape.c, 1, 1)))
 
 
+def _bottleneck_chain(shape: BottleneckChain, random: _Random) -> Sample:
+    c, mid = shape.c, shape.mid
+    sizes = [(mid, c, 1), (mid, mid, 3), (c, mid, 1)] * shape.depth
+    args = (
+        random.image(shape.n, c, shape.h, shape.w),
+        [random.weight(k, i, r, r) for k, i, r in sizes],
+        [random.scale(k) for k, _, _ in sizes],
+        [random.shift(k) for k, _, _ in sizes],
+    )
+    return Sample(shape, args)
+
+
+def _head(shape: Head, random: _Random) -> Sample:
+    x = random.image(shape.n, shape.c, shape.h, shape.w)
+    weight = random.weight(shape.k, shape.c, 1, 1).flatten(1)
+    return Sample(shape, (x, weight, random.shift(shape.k).to(x.dtype)))
+
+
 _MAKERS: dict[type, Callable[[Any, _Random], Sample]] = {
     Conv: _conv,
     Bottleneck: _bottleneck,
@@ -194,6 +223,8 @@ _MAKERS: dict[type, Callable[[Any, _Random], Sample]] = {
     PreActBlock: _preact_block,
     DenseBlock: _dense_block,
     Transition: _transition,
+    BottleneckChain: _bottleneck_chain,
+    Head: _head,
 }
 
 
@@ -206,10 +237,12 @@ def describe(shape: Shape) -> str:
         notes += ["prologue"] if shape.prologue else []
         notes += ["+ residual"] if shape.residual else []
         return " ".join([f"conv {shape.r}x{shape.s} {image} -> {shape.k}", *notes])
-    if isinstance(shape, Stem | Transition):
+    if isinstance(shape, Stem | Transition | Head):
         return f"{shape.op} {image} -> {shape.k}"
     if isinstance(shape, DenseBlock):
         return f"{shape.op} {image}, {shape.depth} x {shape.growth}"
+    if isinstance(shape, BottleneckChain):
+        return f"{shape.op} {image} -> {shape.mid} -> {shape.c}, {shape.depth} blocks"
     projection = " projection" if shape.projection else ""
     kind = "preact_bottleneck" if isinstance(shape, PreActBlock) and shape.bottleneck else shape.op
     return f"{kind} {image} -> {shape.mid} -> {shape.out}{projection}"

@@ -338,4 +338,54 @@ class Transition:
         return [Conv(self.n, self.c, self.h // 2, self.w // 2, self.k, 1, 1)]
 
 
-Shape = Conv | Bottleneck | BasicBlock | Stem | PreActBlock | DenseBlock | Transition
+@dataclass(frozen=True)
+class BottleneckChain(_Layers):
+    """`depth` bottlenecks, one after the other: identity shortcuts, stride 1, one group."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    mid: int
+    depth: int
+
+    op = "bottleneck_chain"
+    winograd = False
+
+    @property
+    def block(self) -> Bottleneck:
+        """The shape of each block."""
+        return Bottleneck(self.n, self.c, self.h, self.w, self.mid, self.c)
+
+    def dims(self) -> dict[str, int]:
+        """The geometry by name."""
+        return {name: getattr(self, name) for name in ("n", "c", "h", "w", "mid", "depth")}
+
+    def layers(self) -> list[Conv]:
+        """The layers it is made of, in the order they run."""
+        return self.block.layers() * self.depth
+
+
+@dataclass(frozen=True)
+class Head(_Layers):
+    """The mean over the pixels, and a linear layer to `k` outputs."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+
+    op = "head"
+    winograd = False
+
+    def dims(self) -> dict[str, int]:
+        """The geometry by name."""
+        return {name: getattr(self, name) for name in ("n", "c", "h", "w", "k")}
+
+    def layers(self) -> list[Conv]:
+        """The linear layer, as a 1x1 convolution of one pixel."""
+        return [Conv(self.n, self.c, 1, 1, self.k, 1, 1)]
+
+
+Shape = Conv | Bottleneck | BasicBlock | Stem | PreActBlock | DenseBlock | Transition | BottleneckChain | Head

@@ -1,8 +1,10 @@
 """What the ahead-of-time checks compile: the kernels with the configurations that real models get.
 
 - `python tests/aot_jobs.py`: one JSON line for every compiled kernel of the representative jobs;
-- `... --table docs/triton.md`: these also as a table between the file's markers;
-- `... --all`: every shape, and every configuration that tuning would try; hours.
+- `... --every 3`: every third of these jobs;
+- `... --table docs/triton.md`: all of these also as a table between the file's markers;
+- `... --all --log FILE`: every shape, and every configuration that tuning would try: hours. Lines go to FILE as well,
+  and what is in it already is not compiled again, so that the run can be stopped and started at will.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -29,7 +32,17 @@ from resnet_fused import samples
 from resnet_fused.kernels import precision, triton
 from resnet_fused.kernels.triton import configs
 from resnet_fused.kernels.triton.configs import SM80, SM90, SM100, Architecture, Config
-from resnet_fused.shapes import BasicBlock, Bottleneck, Conv, DenseBlock, Shape, Stem, Transition
+from resnet_fused.shapes import (
+    BasicBlock,
+    Bottleneck,
+    BottleneckChain,
+    Conv,
+    DenseBlock,
+    Head,
+    Shape,
+    Stem,
+    Transition,
+)
 
 CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -110,7 +123,17 @@ CIFAR_CONVS = [
     Conv(256, 16, 32, 32, 32, 3, 3, (2, 2), (1, 1)),
 ]
 GROUPED = Conv(128, 128, 56, 56, 128, 3, 3, padding=(1, 1), groups=32)
-HEAD = Conv(128, 2048, 1, 1, 1000, 1, 1)
+CHAINS = [BottleneckChain(128, 256, 56, 56, 64, 2), BottleneckChain(128, 512, 28, 28, 128, 2)]
+PROJECTED = [
+    Bottleneck(128, 64, 56, 56, 64, 256, projection=True),
+    *(
+        Bottleneck(128, 4 * m, s, s, 2 * m, 8 * m, stride2=2, projection=True)
+        for m, s in ((64, 56), (128, 28), (256, 14))
+    ),
+]
+HEADS = [Head(128, 2048, 7, 7, 1000), Head(1, 2048, 7, 7, 1000), Head(256, 64, 8, 8, 10)]
+PROJECT = "project"
+"""In the place of an algorithm: a bottleneck's last convolution and its projection in one accumulator."""
 
 # One of a kind: every kernel with each of its options somewhere, on the GPU where it matters most.
 REPRESENTATIVE = [
@@ -133,6 +156,10 @@ REPRESENTATIVE = [
     Job(Conv(128, 128, 28, 28, 512, 1, 1, residual=True), "pointwise", "fp32"),
     Job(Conv(128, 128, 28, 28, 128, 3, 3, padding=(1, 1)), "tma_conv", "fp32"),
     Job(BOTTLENECKS[1], None, "fp32"),
+    *(Job(BOTTLENECKS[2], PROJECT, "bf16", capability) for capability in (80, 90, 100)),
+    *(Job(CHAINS[1], None, "bf16", capability) for capability in (80, 90, 100)),
+    Job(CHAINS[0]),
+    Job(HEADS[0]),
     Job(Conv(128, 64, 56, 56, 256, 1, 1, residual=True), None, "bf16", 80),
     Job(Conv(128, 256, 14, 14, 256, 3, 3, padding=(1, 1)), None, "bf16", 80),
     *(Job(shape, None, "bf16", 80) for shape in (BOTTLENECKS[1], BASIC_BLOCKS[0], STEMS[0], DENSE_BLOCKS[1])),
@@ -143,13 +170,15 @@ REPRESENTATIVE = [
 
 
 def every_job() -> Iterator[Job]:
-    """All shapes on all GPUs, in bf16; the layers also at batch 1, and in the other dtypes on sm_90."""
-    convs = [*_resnet_convs(128), *_dense_convs(128), *CIFAR_CONVS, GROUPED, HEAD]
-    blocks: list[Shape] = [*STEMS, *BOTTLENECKS[:3], *BASIC_BLOCKS, *DENSE_BLOCKS, *TRANSITIONS]
-    for capability in ARCHITECTURES:
-        for shape in (*convs, *_resnet_convs(1), *blocks):
+    """All shapes on all GPUs, in bf16, the layers also at batch 1; in the other dtypes on sm_90. Blocks come first."""
+    convs = [*_resnet_convs(128), *_dense_convs(128), *CIFAR_CONVS, GROUPED]
+    blocks: list[Shape] = [*CHAINS, *HEADS, *STEMS, *BOTTLENECKS, *BASIC_BLOCKS, *DENSE_BLOCKS, *TRANSITIONS]
+    for shape, capability in itertools.product(PROJECTED, ARCHITECTURES):
+        yield Job(shape, PROJECT, "bf16", capability)
+    for shapes in (blocks, (*convs, *_resnet_convs(1))):
+        for shape, capability in itertools.product(shapes, ARCHITECTURES):
             yield Job(shape, None, "bf16", capability)
-    for shape, dtype in itertools.product((*convs, *blocks), ("fp16", "fp32")):
+    for shape, dtype in itertools.product((*blocks, *convs), ("fp16", "fp32")):
         yield Job(shape, None, dtype, 90)
 
 
@@ -177,6 +206,10 @@ def launches(job: Job, every: bool) -> Iterator[tuple[str, Config, aot.Launch]]:
     with gpu(arch, job.dtype == "fp32"), torch.inference_mode():
         small = dataclasses.replace(job.shape, n=min(job.shape.n, SMALL_BATCH))
         call = samples.sample(small, dtype, CPU)
+        if job.algorithm == PROJECT:
+            assert isinstance(job.shape, Bottleneck)
+            yield from _project(job.shape, call, every)
+            return
         for candidate in triton.candidates(job.shape, dtype, CPU):
             name = candidate.algorithm
             if job.algorithm not in (None, name):
@@ -189,12 +222,32 @@ def launches(job: Job, every: bool) -> Iterator[tuple[str, Config, aot.Launch]]:
                     yield name, config, launch
 
 
-def results(jobs: Iterable[Job], every: bool = False) -> Iterator[dict[str, Any]]:
-    """Compile, each distinct kernel once; what came out, or the error, ready for JSON."""
-    done: set[Any] = set()
+def _project(shape: Bottleneck, call: samples.Sample, every: bool) -> Iterator[tuple[str, Config, aot.Launch]]:
+    """The end of a bottleneck by each kernel that can add its projection."""
+    x, *_, w3, b3, wd, bd = call.args
+    *_, last = shape.layers()
+    small = dataclasses.replace(last, n=x.shape[0], residual=False)
+    h = torch.empty(small.n, small.c, small.h, small.w, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+    s3, sd = call.options["s3"], call.options["sd"]
+    arch = configs.architecture(CPU)
+    for name in triton.layer_configs.algorithms(small, x.dtype, arch):
+        if name == "pointwise":
+            continue
+        space = triton.layer_configs.with_projection(name, last, x.dtype, arch)
+        for config in space if every else space[:1]:
+            with aot.captured() as found:
+                options: dict[str, Any] = {"stride": shape.stride1 * shape.stride2, "algorithm": name, "config": config}
+                triton.project(h, w3, s3, b3, x, wd, sd, bd, **options)
+            for launch in found:
+                yield f"{PROJECT} {name}", config, launch
+
+
+def results(jobs: Iterable[Job], every: bool = False, done: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
+    """Compile, each distinct kernel once and none in `done`; what came out, or the error, ready for JSON."""
+    done = set(done)
     for job in jobs:
         for algorithm, config, launch in launches(job, every):
-            identity = aot.identity(launch, job.capability)
+            identity = hashlib.sha256(repr(aot.identity(launch, job.capability)).encode()).hexdigest()
             if identity in done:
                 continue
             done.add(identity)
@@ -205,6 +258,7 @@ def results(jobs: Iterable[Job], every: bool = False) -> Iterator[dict[str, Any]
                 "dtype": job.dtype,
                 "capability": job.capability,
                 "kernel": launch.kernel.__name__,
+                "identity": identity,
             }
             try:
                 resources = aot.compiled(launch, job.capability)
@@ -232,17 +286,24 @@ def table(lines: Iterable[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every shape and configuration")
+    parser.add_argument("--every", type=int, default=1, help="of so many jobs one")
     parser.add_argument("--only", default="", help="jobs whose text has this in it")
+    parser.add_argument("--log", type=Path, help="append to this file, and skip what is in it")
     parser.add_argument("--table", type=Path, help="replace the table between this file's markers")
     given = parser.parse_args()
-    jobs = list(every_job()) if given.all else REPRESENTATIVE
+    jobs = (list(every_job()) if given.all else REPRESENTATIVE)[:: given.every]
+    before = given.log.read_text().splitlines() if given.log and given.log.exists() else []
+    done = [json.loads(line)["identity"] for line in before]
     found = []
-    for line in results((job for job in jobs if given.only in str(job)), given.all):
-        print(json.dumps(line), flush=True)
-        found.append(line)
+    with contextlib.ExitStack() as stack:
+        outputs = [sys.stdout, *([stack.enter_context(given.log.open("a"))] if given.log else [])]
+        for line in results((job for job in jobs if given.only in str(job)), given.all, done):
+            for output in outputs:
+                print(json.dumps(line), file=output, flush=True)
+            found.append(line)
     if given.table:
-        before, _, rest = given.table.read_text().partition(BEGIN)
-        given.table.write_text(f"{before}{BEGIN}{table(found)}{END}{rest.partition(END)[2]}")
+        head, _, rest = given.table.read_text().partition(BEGIN)
+        given.table.write_text(f"{head}{BEGIN}{table(found)}{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

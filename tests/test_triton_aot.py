@@ -13,16 +13,18 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent
 
 
-def lines(script):
+def lines(script, *options):
     """What a script prints. It needs a process without TRITON_INTERPRET, where Triton compiles."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, FOLDER / script], env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, FOLDER / script, *options]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def test_kernels_compile_as_they_should():
-    found = lines("aot_jobs.py")
+@pytest.mark.parametrize("share", ["3", pytest.param("1", marks=pytest.mark.thorough)])
+def test_kernels_compile_as_they_should(share):
+    found = lines("aot_jobs.py", "--every", share)
     assert {line["capability"] for line in found} == {80, 90, 100}
     assert [(line["job"], line["config"], line["kernel"], line["problems"]) for line in found if line["problems"]] == []
 

@@ -52,7 +52,16 @@ from resnet_fused.kernels.triton.block_configs import (  # noqa: E402
     why_not_whole,
 )
 from resnet_fused.kernels.triton.configs import SM80, SM90, SM100  # noqa: E402
-from resnet_fused.shapes import BasicBlock, Bottleneck, Conv, DenseBlock, Stem, Transition  # noqa: E402
+from resnet_fused.shapes import (  # noqa: E402
+    BasicBlock,
+    Bottleneck,
+    BottleneckChain,
+    Conv,
+    DenseBlock,
+    Head,
+    Stem,
+    Transition,
+)
 
 pytestmark = pytest.mark.skipif(not interpreter.INTERPRETED, reason="Triton was imported without TRITON_INTERPRET=1")
 
@@ -353,37 +362,52 @@ def test_tf32_only_where_torch_allows_it(name):
     assert 2**-17 < error < 2**-9
 
 
-def test_chain_of_identity_blocks():
-    n, k, mid, h, w = 2, 40, 24, 5, 7
-    x = image(n, k, h, w, torch.bfloat16, "nhwc")
-    blocks = [
-        rotated.Block(
-            weight(mid, k, 1, 1, x.dtype), scale(mid), shift(mid),
-            weight(mid, mid, 3, 3, x.dtype), scale(mid), shift(mid),
-            weight(k, mid, 1, 1, x.dtype) / 4, None, shift(k),
-        )
-        for _ in range(3)
-    ]  # fmt: skip
+def chain_case(n=2, c=40, mid=24, h=5, w=7, depth=3, dtype=torch.bfloat16):
+    sizes = [(mid, c, 1), (mid, mid, 3), (c, mid, 1)] * depth
+    weights = [weight(k, i, r, r, dtype) / (1 if k == mid else 4) for k, i, r in sizes]
+    scales = [None if k == c else scale(k) for k, _, _ in sizes]
+    return Case("stage", [image(n, c, h, w, dtype, "nhwc"), *weights, *scales, *(shift(k) for k, _, _ in sizes)])
 
-    def formula(x, *tensors):
-        for w1, s1, b1, w2, s2, b2, w3, s3, b3 in zip(*[iter(tensors)] * 9, strict=True):
-            h = layer(layer(x, w1, s1, b1), w2, s2, b2, padding=1)
-            x = layer(h, w3, torch.ones_like(b3) if s3 is None else s3, b3, x)
-        return x
 
-    FORMULAS["stage"] = formula
-    assert_parity(rotated.stage(x, blocks), Case("stage", [x, *(t for block in blocks for t in block)]))
+def chain_arguments(x, *tensors):
+    count = len(tensors) // 3
+    return x, tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+
+
+def chain_formula(*tensors):
+    x, *lists = chain_arguments(*tensors)
+    for first, second, (w3, s3, b3) in zip(*[iter(zip(*lists, strict=True))] * 3, strict=True):
+        s3 = torch.ones_like(b3) if s3 is None else s3
+        x = layer(layer(layer(x, *first), *second, padding=1), w3, s3, b3, x)
+    return x
+
+
+FORMULAS["stage"] = chain_formula
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_chain_of_identity_blocks(depth):
+    case = chain_case(depth=depth)
+    assert_parity(rotated.stage(*chain_arguments(*case.args)), case)
+
+
+def test_chain_is_the_blocks_one_by_one():
+    x, *lists = chain_arguments(*chain_case(n=1, c=32, mid=16, depth=2).args)
+    y = rotated.stage(x, *lists, config=ROTATED)
+    for i in (0, 3):
+        x = rotated.stage(x, *(values[i : i + 3] for values in lists), config=ROTATED)
+    assert torch.equal(y, x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out", [0, 10])
 def test_head(out, dtype):
     x = image(3, 40, 7, 5, dtype, "nhwc view" if out else "nhwc")
-    args = [x, *([weight(out, 40, 1, 1, dtype)[:, :, 0, 0], shift(out).to(dtype)] if out else [])]
+    args = [x, *([weight(out, 40, 1, 1, dtype)[:, :, 0, 0], shift(out).to(dtype)] if out else [None])]
 
     def formula(x, *linear):
         mean = functional.adaptive_avg_pool2d(x, 1).flatten(1)
-        return functional.linear(mean, *linear) if linear else mean
+        return functional.linear(mean, *linear) if out else mean
 
     FORMULAS["head"] = formula
     assert_parity(pooled_head.head(*args), Case("head", args))
@@ -391,7 +415,7 @@ def test_head(out, dtype):
 
 def test_head_without_bias_and_of_one_pixel():
     x, w = image(2, 16, 1, 1, torch.float32, "nhwc"), torch.randn(8, 16)
-    assert torch.equal(pooled_head.head(x), x.flatten(1))
+    assert torch.equal(pooled_head.head(x, None), x.flatten(1))
     torch.testing.assert_close(pooled_head.head(x, w), x.flatten(1) @ w.T)
 
 
@@ -410,6 +434,9 @@ SHAPES = (
     Stem(8, 32, 112, 112, 64, 3, 3, 1, 1),
     DenseBlock(128, 64, 56, 56, 32, 6, 128),
     Transition(128, 256, 56, 56, 128),
+    BottleneckChain(128, 256, 56, 56, 64, 2),
+    Head(128, 2048, 7, 7, 1000),
+    Head(1, 16, 7, 7, 10),
 )
 
 
@@ -422,7 +449,7 @@ def test_every_shape_has_distinct_configurations_that_json_keeps(shape, arch):
         assert len(set(space)) == len(space)
         for config in space:
             assert configs.from_dict(shape.op, config.to_dict()) == config
-            assert config.tma == arch.warpgroups
+            assert getattr(config, "tma", arch.warpgroups) == arch.warpgroups
             assert str(config)
 
 
@@ -450,6 +477,8 @@ def test_a_band_is_short_where_there_is_little_work_and_long_where_there_is_much
         (DenseBlock(1, 24, 8, 8, 12, 3, 48), "multiples of 8, got 12"),
         (DenseBlock(1, 24, 8, 8, 16, 3), "with a 1x1, got none"),
         (Transition(1, 36, 8, 8, 18), "multiples of 8, got 18, 36"),
+        (BottleneckChain(1, 36, 8, 8, 16, 2), "multiples of 8, got 16, 36"),
+        (BottleneckChain(1, 256, 8, 8, 256, 2), "up to 128 intermediate channels, got 256"),
         (Conv(1, 8, 8, 8, 8, 3, 3), "whole of a conv"),
     ],
 )
@@ -474,7 +503,6 @@ def test_heuristic_configurations_run():
         (stem_case, dict(n=1, h=13, w=11, k=16)),
         (dense_case, dict(n=1, h=4, w=5, depth=1)),
         (transition_case, dict(n=1, h=4)),
-        (rotated_case, dict(n=1, h=4, w=5, after=16)),
     ):
         case = make(dtype=torch.bfloat16, **options)
         assert_parity(run(case, None), case)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -24,11 +24,27 @@ from torch import Tensor
 
 from resnet_fused import samples
 from resnet_fused.kernels import triton as kernels
-from resnet_fused.kernels.triton import configs, layer_configs
-from resnet_fused.kernels.triton.block_configs import BandConfig, RotatedConfig, StemConfig, TransitionConfig
+from resnet_fused.kernels.triton import configs
+from resnet_fused.kernels.triton.block_configs import (
+    BandConfig,
+    HeadConfig,
+    RotatedConfig,
+    StemConfig,
+    TransitionConfig,
+)
 from resnet_fused.kernels.triton.layer_configs import ImplicitGemmConfig, PointwiseConfig, TmaConvConfig
 from resnet_fused.samples import Sample
-from resnet_fused.shapes import BasicBlock, Bottleneck, Conv, DenseBlock, Shape, Stem, Transition
+from resnet_fused.shapes import (
+    BasicBlock,
+    Bottleneck,
+    BottleneckChain,
+    Conv,
+    DenseBlock,
+    Head,
+    Shape,
+    Stem,
+    Transition,
+)
 
 CPU = torch.device("cpu")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -149,13 +165,20 @@ def make(case: Case, values: str) -> Sample:
         x[0, 0, x.shape[2] // 2, x.shape[3] // 2 + 1] = float("nan")
         x[-1, -1, 0, 0] = float("inf")
         carrier = -1
-        for w in call.args[1:6:2] if isinstance(case.shape, Bottleneck | BasicBlock) else ():
+        for w in _weights(call):
             # Of every intermediate only channel 0 becomes infinite: sums of several would be NaN in any case.
             if w is not None and w.shape[1] > 1:
                 w[:, carrier] = -w[:, carrier].abs()
                 w[0, carrier] = w[0, carrier].abs()
                 carrier = 0
     return call
+
+
+def _weights(call: Sample) -> Sequence[Tensor | None]:
+    """The weights on the path of a residual block."""
+    if isinstance(call.shape, BottleneckChain):
+        return call.args[1]
+    return call.args[1:6:2] if isinstance(call.shape, Bottleneck | BasicBlock) else ()
 
 
 def check(case: Case, values: str) -> None:
@@ -219,42 +242,6 @@ def _project_reference(call: Sample) -> tuple[Tensor, ...]:
     return (y.relu().to(x.dtype),)
 
 
-def _rotated(case: Case, call: Sample) -> tuple[Tensor, ...]:
-    """The bottleneck without its first 1x1, and its first 1x1 again as the next block's."""
-    from resnet_fused.kernels.triton.rotated import rotated
-
-    x, w1, b1, w2, b2, w3, b3, *_ = call.args
-    h = x[:, : w2.shape[1]].relu().contiguous(memory_format=torch.channels_last)
-    s1, s2, s3 = (call.options[name] for name in ("s1", "s2", "s3"))
-    y, after = rotated(h, w2, s2, b2, w3, s3, b3, x, w1, s1, b1, config=case.config)
-    alone, none = rotated(h, w2, s2, b2, w3, s3, b3, x, config=case.config)
-    assert none is None
-    return y, after, alone
-
-
-def _rotated_reference(call: Sample) -> tuple[Tensor, ...]:
-    from resnet_fused import ops
-
-    x, w1, b1, w2, b2, w3, b3, *_ = call.args
-    s1, s2, s3 = (call.options[name] for name in ("s1", "s2", "s3"))
-    h = ops.conv_bn_act(x[:, : w2.shape[1]].relu(), w2, s2, b2, padding=1, backend="reference")
-    y = ops.conv_bn_act(h, w3, s3, b3, x, backend="reference")
-    return y, ops.conv_bn_act(y, w1, s1, b1, backend="reference"), y
-
-
-def _head(case: Case, call: Sample) -> tuple[Tensor, ...]:
-    x, weight, _, shift, *_ = call.args
-    weight = weight[:, :, 0, 0]
-    return kernels.head(x, weight, shift.to(x.dtype)), kernels.head(x)
-
-
-def _head_reference(call: Sample) -> tuple[Tensor, ...]:
-    x, weight, _, shift, *_ = call.args
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean = x.to(wide).mean((2, 3)).to(x.dtype)
-    return torch.nn.functional.linear(mean.to(wide), weight[:, :, 0, 0].to(wide), shift.to(wide)).to(x.dtype), mean
-
-
 # --- the cases ----------------------------------------------------------------------------------------------------
 
 gemm = partial(ImplicitGemmConfig, block_m=32, block_n=16, block_k=16, warps=4, stages=2)
@@ -296,7 +283,6 @@ LAYERS = [
         "tma_conv", Bottleneck(2, 24, 6, 6, 16, 40, stride2=2, projection=True), boxes(box=(2, 4, 4)),
         run=_project, exact=_project_reference,
     ),
-    Case("head", Conv(3, 40, 2, 4, 24, 1, 1), layer_configs.IEEE, run=_head, exact=_head_reference),
 ]  # fmt: skip
 
 BLOCKS = [
@@ -309,15 +295,16 @@ BLOCKS = [
     Case("basic_block", BasicBlock(2, 16, 8, 6, 40, 40, 2, projection=True), band(), FP16),
     Case("basic_block", BasicBlock(2, 40, 7, 5, 24, 40), band(tma=False), **OLD),
     Case(
-        "rotated", Bottleneck(3, 40, 7, 5, 24, 40),
-        RotatedConfig(block_m=32, block_n=16, block_k=16, programs=1, tma=True, warps=4, stages=2),
-        run=_rotated, exact=_rotated_reference, scales=(1.0,),
+        "bottleneck_chain", BottleneckChain(3, 40, 7, 5, 24, 2),
+        RotatedConfig(block_m=32, block_n=16, block_k=16, programs=1, tma=True, warps=4, stages=2), scales=(1.0,),
     ),
     Case(
-        "rotated", Bottleneck(2, 40, 5, 5, 24, 40),
-        RotatedConfig(block_m=32, block_n=16, block_k=16, programs=1, tma=False, warps=4, stages=2),
-        run=_rotated, exact=_rotated_reference, scales=(1.0,), **OLD,
+        "bottleneck_chain", BottleneckChain(2, 40, 5, 5, 24, 2),
+        RotatedConfig(block_m=32, block_n=16, block_k=16, programs=1, tma=False, warps=4, stages=2), FP16,
+        scales=(1.0,), **OLD,
     ),
+    Case("head", Head(3, 40, 2, 4, 24), HeadConfig(block_m=16, block_n=16, warps=4, stages=2)),
+    Case("head", Head(2, 20, 4, 8, 9), HeadConfig(block_m=16, block_n=32, warps=4, stages=2), FP32),
     Case(
         "stem", Stem(3, 3, 21, 19, 24, 7, 7),
         StemConfig(block_m=16, block_n=32, block_k=64, segment=2, tma=True, warps=4, stages=2),

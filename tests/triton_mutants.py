@@ -167,13 +167,13 @@ MUTANTS = [
         "basic_block",
     ),
     _m("bands", "the band ends a pixel early", "p % Q * STRIDE + 2", "p % Q * STRIDE + 1", "bottleneck", "basic_block"),
-    _m("bands", "the right neighbour is left out", "(v + 2 < W)", "(v + 3 < W)", "bottleneck", "rotated"),
+    _m("bands", "the right neighbour is left out", "(v + 2 < W)", "(v + 3 < W)", "bottleneck", "bottleneck_chain"),
     _m(
         "bands",
         "pixels past the last are read",
         "inside_h = tl.where(q < pixels, inside_h, 0)",
         "inside_h = inside_h",
-        "rotated",
+        "bottleneck_chain",
         "basic_block",
     ),
     _m(
@@ -257,9 +257,33 @@ MUTANTS = [
         "basic_block",
     ),
     _m(
-        "rotated", "the next block reads sums before their ReLU", "out = relu(out).to(dtype)\n", "out = out.to(dtype)\n"
+        "rotated",
+        "the next block reads sums before their ReLU",
+        "out = relu(out).to(dtype)\n",
+        "out = out.to(dtype)\n",
+        "bottleneck_chain",
     ),
-    _m("rotated", "the next 1x1 has one tile of weights", "weight_tile(w1, 0, 0, n,", "weight_tile(w1, 0, 0, 0,"),
+    _m(
+        "rotated",
+        "the next 1x1 has one tile of weights",
+        "weight_tile(w1, 0, 0, n,",
+        "weight_tile(w1, 0, 0, 0,",
+        "bottleneck_chain",
+    ),
+    _m(
+        "rotated",
+        "NaN past the last channel reach the next block",
+        "RAGGED_K=out % bn != 0",
+        "RAGGED_K=False",
+        "bottleneck_chain",
+    ),
+    _m(
+        "rotated",
+        "every block has the first's 3x3",
+        "*layers[i + 1], *layers[i + 2]",
+        "*layers[1], *layers[i + 2]",
+        "bottleneck_chain",
+    ),
     _m("whole_stem", "pooling takes columns outside", "(v >= 0) & (v < Q)", "(v >= 0)", "stem"),
     _m("whole_stem", "the first pooled row lacks a row", "tl.where(i == first, 0, OVERLAP)", "OVERLAP", "stem"),
     _m(
@@ -289,6 +313,7 @@ MUTANTS = [
         "(p + rp <= PIXELS)[:, None]",
         "head",
     ),
+    _m("pooled_head", "the linear layer lacks its bias", "bias.float()", "bias.float() * 0", "head"),
 ]
 
 

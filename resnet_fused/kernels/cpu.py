@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..shapes import Bottleneck, PreActBlock, Shape
+from ..shapes import Bottleneck, Head, PreActBlock, Shape
 from . import native
 from .layers import DenseLayer
 from .layout import nhwc_slice
@@ -57,6 +57,8 @@ def only_by_layers(shape: Shape) -> str | None:
         return f"the {shape.op} kernel takes groups=1, got {shape.groups}"
     if isinstance(shape, PreActBlock) and shape.bottleneck and shape.stride1 > 1:
         return "the preact_block kernel strides in the 3x3, not in the first 1x1"
+    if isinstance(shape, Head):
+        return "the pooling is torch's"
     return None
 
 

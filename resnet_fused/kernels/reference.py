@@ -26,6 +26,11 @@ def pooled_prologue(x: Tensor, in_scale: Tensor, in_shift: Tensor) -> Tensor:
     return functional.avg_pool2d(z, 2).to(x.dtype)
 
 
+def mean(x: Tensor) -> Tensor:
+    """The mean over the pixels [N, C, 1, 1], in float32 (float64 for float64), rounded once."""
+    return x.to(_compute_dtype(x)).mean((2, 3), keepdim=True).to(x.dtype)
+
+
 def conv_bn_act(
     x: Tensor,
     weight: Tensor,

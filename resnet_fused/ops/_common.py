@@ -263,7 +263,7 @@ def _autocast(t: Any, dtype: torch.dtype) -> Any:
     """Images and weights take autocast's dtype; scales and shifts stay float32, as does what autocast leaves alone."""
     if isinstance(t, (list, tuple)):
         return [_autocast(item, dtype) for item in t]
-    if not isinstance(t, Tensor) or t.dim() != 4 or t.dtype in (dtype, torch.float64) or not t.is_floating_point():
+    if not isinstance(t, Tensor) or t.dim() < 2 or t.dtype in (dtype, torch.float64) or not t.is_floating_point():
         return t
     # A weight is cast once, not at every call, and so packed once; tracing sees subclasses and always casts.
     if type(t) is torch.nn.Parameter and not (t.requires_grad and torch.is_grad_enabled()):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from ...shapes import Conv, Shape
+from ...shapes import Conv, Head, Shape
 from ..precision import allow_tf32
 from . import block_configs, configs, layer_configs
 from .configs import Candidate, architecture
@@ -24,7 +24,7 @@ from .configs import Candidate, architecture
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYERS = ("implicit_gemm", "pointwise", "tma_conv")
 """The kernels of a layer: algorithm and module of one name."""
-BLOCKS = ("bottleneck", "basic_block", "stem", "dense_block", "transition")
+BLOCKS = ("bottleneck", "bottleneck_chain", "basic_block", "stem", "dense_block", "transition", "head")
 """The ops with a kernel for the whole of a block. Its module has another name: importing it would hide the op here."""
 MAX_PIXELS = 2**31 - 2**16
 """Pixels are counted in 32 bits, with room for the last tile; elements in 64."""
@@ -76,7 +76,9 @@ def candidates(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[C
         if dtype == torch.float32 and not allow_tf32(device):
             return [Candidate("implicit_gemm", str(layer_configs.IEEE))]
         names = layer_configs.algorithms(shape, dtype, arch)
-    elif shape.op in BLOCKS and not (device.type == "cuda" and dtype == torch.float32 and not allow_tf32(device)):
+    elif isinstance(shape, Head) or (
+        shape.op in BLOCKS and not (device.type == "cuda" and dtype == torch.float32 and not allow_tf32(device))
+    ):
         names = [shape.op] if configs.alternatives(shape.op, shape, dtype, arch) else []
     else:
         names = []
@@ -175,7 +177,7 @@ def project(
         dilation: of the first convolution.
         activation: `"relu"` or `"none"`.
         algorithm: `"implicit_gemm"`, `"tma_conv"`, or None for the one predicted faster.
-        config: None for the one that `configs.choose` gives.
+        config: None for the first of `layer_configs.with_projection`.
 
     Returns:
         [N, K, P, Q] of x's dtype, channels_last.
@@ -221,7 +223,9 @@ def _run(
     without_tf32 = x.dtype == torch.float32 and layer.precision == "ieee"
     if algorithm != "implicit_gemm" and (without_tf32 or not layer.describable()):
         algorithm, config = "implicit_gemm", None
-    if config is None:
+    if config is None and projection is not None:
+        config = layer_configs.with_projection(algorithm, shape, x.dtype, arch)[0]
+    elif config is None:
         config = configs.choose(algorithm, shape, x.dtype, arch)
     return _module(algorithm).run(layer, config)
 
@@ -241,7 +245,12 @@ def stem(*args: Any, algorithm: str = "stem", **options: Any) -> Tensor:
     return _module("whole_stem").stem(*args, **options)
 
 
-def head(*args: Any, **options: Any) -> Tensor:
+def bottleneck_chain(*args: Any, algorithm: str = "bottleneck_chain", **options: Any) -> Tensor:
+    """A chain of identity bottlenecks, one launch a block; see `rotated.stage`."""
+    return _module("rotated").stage(*args, **options)
+
+
+def head(*args: Any, algorithm: str = "head", **options: Any) -> Tensor:
     """Global average pooling and the linear layer after it; see `pooled_head.head`."""
     return _module("pooled_head").head(*args, **options)
 

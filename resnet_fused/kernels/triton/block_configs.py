@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from ...shapes import BasicBlock, Bottleneck, DenseBlock, Shape, Stem, Transition
+from ...shapes import BasicBlock, Bottleneck, BottleneckChain, DenseBlock, Head, Shape, Stem, Transition
 from .configs import Architecture, Config, architecture, choose, register
 from .layer_configs import power_of_two
 
@@ -44,7 +44,7 @@ class BandConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class RotatedConfig(Config):
-    """Of the rotated bottleneck.
+    """Of the rotated bottleneck, the same for every block of a chain.
 
     Attributes:
         block_m: pixels of a tile.
@@ -99,6 +99,19 @@ class TransitionConfig(Config):
     tma: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig(Config):
+    """Of the head's average pooling.
+
+    Attributes:
+        block_m: pixels of a step.
+        block_n: channels of a program.
+    """
+
+    block_m: int
+    block_n: int
+
+
 MAX_RESIDENT = 128
 """Intermediate channels that a bottleneck keeps in registers between its 3x3 and its last 1x1. 256 of them spill on
 sm_80 and sm_100; blocks that wide are bound by their products anyway, not by memory."""
@@ -120,6 +133,10 @@ def why_not_whole(shape: Shape, dtype: torch.dtype, arch: Architecture) -> str |
             return f"it takes groups=1 and dilation=1, got {shape.groups} and {shape.dilation}"
         channels = {shape.c, shape.mid, shape.out}
         resident = shape.mid
+    elif isinstance(shape, BottleneckChain):
+        channels, resident = {shape.c, shape.mid}, shape.mid
+    elif isinstance(shape, Head):
+        return None
     elif isinstance(shape, BasicBlock):
         if shape.dilation > 1:
             return f"it takes dilation=1, got {shape.dilation}"
@@ -180,7 +197,7 @@ _WARPGROUPS = {
     "bottleneck": (_Tile(128, 64, 64, 8, 3), _Tile(64, 64, 64, 4, 3, 2)),
     "basic_block": (_Tile(128, 64, 64, 8, 3), _Tile(128, 128, 64, 8, 3), _Tile(64, 64, 64, 4, 3, 2)),
     "dense_block": (_Tile(128, 32, 64, 8, 3), _Tile(64, 32, 64, 4, 3, 2)),
-    "rotated": (_Tile(128, 32, 64, 8, 3), _Tile(64, 32, 64, 8, 3)),
+    "bottleneck_chain": (_Tile(128, 32, 64, 8, 3), _Tile(64, 32, 64, 8, 3)),
     "transition": (_Tile(128, 128, 64, 8, 2), _Tile(64, 256, 64, 8, 2), _Tile(64, 128, 64, 4, 2, 2)),
     "stem": (_Tile(128, 64, 64, 8, 3), _Tile(64, 64, 64, 4, 3)),
 }
@@ -188,7 +205,7 @@ _NO_WARPGROUPS = {
     "bottleneck": (_Tile(64, 64, 32, 8, 3),),
     "basic_block": (_Tile(128, 64, 32, 8, 3), _Tile(64, 64, 32, 4, 3, 2)),
     "dense_block": (_Tile(64, 32, 32, 8, 3),),
-    "rotated": (_Tile(64, 32, 32, 8, 3),),
+    "bottleneck_chain": (_Tile(64, 32, 32, 8, 3),),
     "transition": (_Tile(64, 128, 32, 8, 3), _Tile(64, 64, 32, 4, 3, 2)),
     "stem": (_Tile(64, 64, 64, 8, 3),),
 }
@@ -276,9 +293,9 @@ def dense_layer_space(shape: DenseBlock, dtype: torch.dtype, arch: Architecture)
     return _bands(_tiles("dense_block", arch), band, (shape.c, shape.mid, shape.growth), dtype, arch)
 
 
-def rotated_space(shape: Bottleneck, dtype: torch.dtype, arch: Architecture) -> list[RotatedConfig]:
-    """Configurations of the rotated bottleneck, best first; `shape` is an identity block."""
-    if why_not_whole(shape, dtype, arch) or shape.projection:
+def chain_space(shape: BottleneckChain, dtype: torch.dtype, arch: Architecture) -> list[RotatedConfig]:
+    """Configurations of a chain of identity bottlenecks, best first."""
+    if why_not_whole(shape, dtype, arch):
         return []
     return [
         RotatedConfig(
@@ -290,9 +307,18 @@ def rotated_space(shape: Bottleneck, dtype: torch.dtype, arch: Architecture) -> 
             warps=tile.warps,
             stages=tile.stages,
         )
-        for tile in _tiles("rotated", arch)
-        if tile.m < 128 or shape.mid <= 64 or arch.capability[0] == 9  # at 128 channels it spills on sm_100
+        for tile in _tiles("bottleneck_chain", arch)
+        # At 128 channels it spills on sm_100, and in float32 on sm_90 too.
+        if tile.m < 128 or shape.mid <= 64 or (arch.capability[0] == 9 and dtype.itemsize == 2)
     ]
+
+
+def head_space(shape: Head, dtype: torch.dtype, arch: Architecture) -> list[HeadConfig]:
+    """Configurations of the head's pooling, best first: 16 bytes a thread and step, for few images on more programs."""
+    few = shape.n * shape.c < 2 * 64 * arch.sms
+    sizes = ((16, 64), (64, 32), (32, 64), (16, 128)) if not few else ((64, 16), (16, 64), (64, 32))
+    found = [HeadConfig(block_m=m, block_n=min(n, power_of_two(shape.c)), warps=4, stages=2) for m, n in sizes]
+    return list(dict.fromkeys(found))
 
 
 def transition_space(shape: Transition, dtype: torch.dtype, arch: Architecture) -> list[TransitionConfig]:
@@ -365,6 +391,7 @@ def stem_space(shape: Stem, dtype: torch.dtype, arch: Architecture) -> list[Stem
 register("bottleneck", BandConfig, bottleneck_space)
 register("basic_block", BandConfig, basic_block_space)
 register("dense_block", BandConfig, dense_layer_space)
-register("rotated", RotatedConfig, rotated_space)
+register("bottleneck_chain", RotatedConfig, chain_space)
 register("transition", TransitionConfig, transition_space)
 register("stem", StemConfig, stem_space)
+register("head", HeadConfig, head_space)

@@ -119,7 +119,15 @@ class Config:
         return cls(**read)
 
     def __str__(self) -> str:
-        return f"{self._tile()}, {self.warps} warps, {self.stages} stages"
+        """All that tells it from the kernel's other configurations; what is 1 or False is not said."""
+        words = [self._tile(), f"{self.warps} warps", f"{self.stages} stages"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("warps", "stages", "box") and not field.name.startswith("block") and value != 1:
+                words += [f"{field.name} {value}"] if value else []
+            elif value is True:
+                words.append(field.name)
+        return ", ".join(words)
 
     def _tile(self) -> str:
         blocks = [getattr(self, f.name) for f in fields(self) if f.name.startswith("block")]

@@ -111,6 +111,12 @@ def _check_overflow(original: Callable[..., Any], *operation: Any) -> None:
         original(*operation)
 
 
+def _patch_tensor(original: Callable[..., None], tensor: Any, *scope: Any) -> None:
+    """Let numpy 2.4 and newer read the bounds of a loop, arrays of one element, as Triton 3.6 expects."""
+    original(tensor, *scope)
+    tensor.__index__ = lambda number: int(number.handle.data.item())
+
+
 @functools.cache
 def install() -> None:
     """Mend the interpreter of this process; a second call does nothing."""
@@ -123,6 +129,7 @@ def install() -> None:
 
         setattr(stock.InterpreterBuilder, name, mended)
     stock.InterpretedFunction.__call__ = _call_device_function
+    stock._patch_lang_tensor = functools.partial(_patch_tensor, stock._patch_lang_tensor)
     semantic = stock.interpreter_semantic
     semantic.binary_op_sanitize_overflow_impl = functools.partial(
         _check_overflow, semantic.binary_op_sanitize_overflow_impl

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..packing import wait_for
 from ..precision import allow_tf32
 
 DESCRIPTOR_ROUNDS = "round_f32_to_tf32" in {field.name for field in fields(TensorDescriptor)}
@@ -59,4 +60,6 @@ def descriptor(
 @functools.lru_cache(maxsize=64)
 def ones(channels: int, device: torch.device) -> Tensor:
     """float32 ones: the scale of a layer that has none."""
-    return torch.ones(channels, device=device)
+    made = torch.ones(channels, device=device)
+    wait_for(device)
+    return made

@@ -29,9 +29,6 @@ class ImplicitGemmConfig(Config):
     block_k: int
     split: int = 1
 
-    def __str__(self) -> str:
-        return super().__str__() + (f", split {self.split}" if self.split > 1 else "")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PointwiseConfig(Config):
@@ -56,10 +53,6 @@ class PointwiseConfig(Config):
             self.block_m, self.block_n, self.block_k * dtype.itemsize // 2, self.warps, self.stages, self.parts
         )
         return arch.sms * tile.resident(dtype.itemsize, arch)
-
-    def __str__(self) -> str:
-        flags = [name for name in ("persistent", "flatten") if getattr(self, name)]
-        return ", ".join([super().__str__(), *flags])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +287,22 @@ _RANKINGS: dict[str, Callable[[Conv, torch.dtype, Architecture], _Ranking]] = {
 def _space(kernel: str, shape: Conv, dtype: torch.dtype, arch: Architecture) -> list[Config]:
     ranked = _RANKINGS[kernel](shape, dtype, arch)
     return list(dict.fromkeys(config for _, config in sorted(ranked, key=lambda pair: pair[0])))
+
+
+def with_projection(kernel: str, shape: Conv, dtype: torch.dtype, arch: Architecture) -> list[Config]:
+    """The configurations of a kernel with which a projection shortcut fits, best first; `shape`: of the last layer.
+
+    The second product takes shared memory as a residual would, and on sm_100 the pointer version has no registers for
+    it with more than 32 sums a thread.
+    """
+    space = _space(kernel, dataclasses.replace(shape, residual=True), dtype, arch)
+    few = kernel == "implicit_gemm" and arch.capability[0] >= 10
+    return [
+        config
+        for config in space
+        if not (few and isinstance(config, ImplicitGemmConfig))
+        or config.block_m * config.block_n <= 32 * 32 * config.warps
+    ]
 
 
 def algorithms(shape: Conv, dtype: torch.dtype, arch: Architecture) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...shapes import Conv
 from ..layout import nhwc, pixel_pitch
+from ..packing import wait_for
 from .configs import architecture
 from .launch import aligned, descriptor, ones
 from .layers import pack
@@ -56,7 +57,9 @@ def vectors(scale: Tensor | None, shift: Tensor) -> tuple[Tensor, Tensor]:
 @functools.lru_cache(maxsize=64)
 def zeros(channels: int, device: torch.device) -> Tensor:
     """float32 zeros: the shift of a layer that has none."""
-    return torch.zeros(channels, device=device)
+    made = torch.zeros(channels, device=device)
+    wait_for(device)
+    return made
 
 
 def pointwise_layer(x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor, activation: str) -> Tensor:

@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...shapes import Head
 from ..layout import nhwc_slice, pixel_pitch
 from ..packing import packed
+from .block_configs import HeadConfig, configuration
 from .launch import empty_output, on_device
-from .layer_configs import power_of_two
 from .matrices import pointwise_layer, zeros
 
 
@@ -27,13 +28,14 @@ def average_pool_kernel(x, y, C, PIXELS, pitch, BP: tl.constexpr, BC: tl.constex
     tl.store(y + tl.program_id(0).to(tl.int64) * C + c, mean.to(y.dtype.element_ty), mask=c < C)
 
 
-def head(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def head(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, *, config: HeadConfig | None = None) -> Tensor:
     """Global average pooling, rounded once, and the linear layer if there is one (then two launches).
 
     Args:
         x: [N, C, H, W], float32, bfloat16 or float16, any memory format.
         weight: [O, C] of x's dtype; None to stop after the pooling.
-        bias: [O] of x's dtype; None is zeros.
+        bias: [O] of x's dtype or float32; None is zeros.
+        config: None for the one that `configs.choose` gives.
 
     Returns:
         [N, C], or with a weight [N, O], of x's dtype.
@@ -43,11 +45,13 @@ def head(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) ->
     pitch = pixel_pitch(x)
     assert pitch is not None
     y = empty_output((n, c, 1, 1), x)
-    block_c = min(64, power_of_two(c))
+    config = configuration("head", Head(n, c, h, w, 0 if weight is None else weight.shape[0]), x, config)
     with on_device(x):
-        average_pool_kernel[(n, triton.cdiv(c, block_c))](
-            x, y, c, h * w, pitch, BP=16, BC=block_c, num_warps=4, enable_fp_fusion=True
-        )
+        average_pool_kernel[(n, triton.cdiv(c, config.block_n))](
+            x, y, c, h * w, pitch,
+            BP=config.block_m, BC=config.block_n,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        )  # fmt: skip
     if weight is None:
         return y.flatten(1)
     shift = zeros(weight.shape[0], x.device) if bias is None else bias.float()

@@ -7,13 +7,12 @@ each 1x1 reads the output's tile where it was made.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...shapes import Bottleneck
+from ...shapes import BottleneckChain
 from ..layout import nhwc
 from .bands import conv3x3_sum, factor, hidden, pixel_tile, scaled, store_tile, weight_tile
 from .block_configs import RotatedConfig, configuration
@@ -27,7 +26,7 @@ from .matrices import image, matrix, pointwise_layer, programs, vectors, weights
 def rotated_kernel(
     h1, w2, s2, b2, w3, s3, b3, x, y, w1, s1, b1, h1_next,
     pixels, H, W, MID, K, NEXT_MID, x_pitch,
-    NEXT: tl.constexpr, RAGGED: tl.constexpr, MB: tl.constexpr, NEXT_MB: tl.constexpr,
+    NEXT: tl.constexpr, RAGGED: tl.constexpr, RAGGED_K: tl.constexpr, MB: tl.constexpr, NEXT_MB: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """h1 [pixels, MID], x [pixels, K] -> y [pixels, K], and with NEXT h1_next [pixels, NEXT_MID].
@@ -52,6 +51,8 @@ def rotated_kernel(
             out = relu(out).to(dtype)
             store_tile(y, p, n, out, pixels, K, K, BM, BN, TMA)
             if NEXT:
+                if RAGGED_K:  # past the last channel an infinite h2 times a weight of 0 left NaN
+                    out = tl.where((rn < K)[None, :], out, 0.0)
                 w = weight_tile(w1, 0, 0, n, NEXT_MID, K, 1, NEXT_MB, BN, TMA)
                 reduced = tl.dot(factor(out, PREC), w.T, reduced, input_precision=PREC)
         if NEXT:
@@ -72,7 +73,7 @@ def rotated(
     s1: Tensor | None = None,
     b1: Tensor | None = None,
     *,
-    config: RotatedConfig | None = None,
+    config: RotatedConfig,
 ) -> tuple[Tensor, Tensor | None]:
     """The rest of an identity bottleneck after its first 1x1, and the next block's first 1x1, in one launch.
 
@@ -88,14 +89,13 @@ def rotated(
         w1: of the next block; None at the end of a chain.
         s1: float32 [M'], as b1.
         b1: see s1; None without w1.
-        config: None for the one that `configs.choose` gives.
+        config: of `bottleneck_chain`.
 
     Returns:
         The block's output [N, K, H, W] and the next block's h1 [N, M', H, W] (None without w1), channels_last.
     """
     n, mid, h, w = h1.shape
     out = w3.shape[0]
-    config = configuration("rotated", Bottleneck(n, out, h, w, mid, out), x, config)
     m, bn, tma = config.block_m, config.block_n, config.tma
     prec = precision(x)
     h1 = nhwc(h1)
@@ -120,41 +120,43 @@ def rotated(
             matrix(y, out, (m, bn), tma),
             next_weights, *next_vectors, next_matrix,
             n * h * w, h, w, mid, out, next_mid, pitch,
-            NEXT=not last, RAGGED=mb != mid, MB=mb, NEXT_MB=power_of_two(next_mid), BM=m, BN=bn, BK=config.block_k,
-            TMA=tma, PREC=prec,
+            NEXT=not last, RAGGED=mb != mid, RAGGED_K=out % bn != 0, MB=mb, NEXT_MB=power_of_two(next_mid),
+            BM=m, BN=bn, BK=config.block_k, TMA=tma, PREC=prec,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return y, h1_next
 
 
-class Block(NamedTuple):
-    """The tensors of an identity bottleneck, as `rotated` describes them."""
-
-    w1: Tensor
-    s1: Tensor | None
-    b1: Tensor
-    w2: Tensor
-    s2: Tensor | None
-    b2: Tensor
-    w3: Tensor
-    s3: Tensor | None
-    b3: Tensor
-
-
-def stage(x: Tensor, blocks: Sequence[Block]) -> Tensor:
-    """A chain of identity bottlenecks: the first 1x1 as a layer, then one launch a block.
+def stage(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    shifts: Sequence[Tensor],
+    *,
+    config: RotatedConfig | None = None,
+) -> Tensor:
+    """A chain of identity bottlenecks (`ops.bottleneck_chain`): the first 1x1 as a layer, then one launch a block.
 
     Args:
-        x: [N, K, H, W].
-        blocks: at least one; all with the channels of x.
+        x: [N, K, H, W], float32, bfloat16 or float16; other memory formats than NHWC are copied.
+        weights: three of each block in order: [M, K, 1, 1], [M, M, 3, 3] and [K, M, 1, 1], of x's dtype.
+        scales: float32, one of the output channels of each weight; None for ones.
+        shifts: float32, alike.
+        config: None for the one that `configs.choose` gives.
 
     Returns:
-        [N, K, H, W], channels_last.
+        [N, K, H, W] of x's dtype, channels_last.
+
+    Raises:
+        BackendError: the kernel cannot run these channels.
     """
-    first = blocks[0]
-    h1: Tensor | None = pointwise_layer(x, first.w1, first.s1, first.b1, "relu")
-    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+    n, c, h, w = x.shape
+    shape = BottleneckChain(n, c, h, w, weights[0].shape[0], len(weights) // 3)
+    config = configuration("bottleneck_chain", shape, x, config)
+    layers = list(zip(weights, scales, shifts, strict=True))
+    h1: Tensor | None = pointwise_layer(x, *layers[0], "relu")
+    for i in range(0, len(layers), 3):
         assert h1 is not None
-        following = (None, None, None) if after is None else (after.w1, after.s1, after.b1)
-        x, h1 = rotated(h1, block.w2, block.s2, block.b2, block.w3, block.s3, block.b3, x, *following)
+        following = layers[i + 3] if i + 3 < len(layers) else (None, None, None)
+        x, h1 = rotated(h1, *layers[i + 1], *layers[i + 2], x, *following, config=config)
     return x
