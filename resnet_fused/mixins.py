@@ -10,7 +10,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from .fusion import Fusion
 
@@ -28,6 +28,8 @@ class Fused:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The fused op in eval mode, the original forward otherwise."""
+        if args and isinstance(args[0], fx.Proxy):
+            return call_module(self, args, kwargs)
         fusion = self._fused_op
         if fusion is None or kwargs or len(args) != 1 or fusion.why_unfused(args[0]) is not None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -67,6 +69,8 @@ class Skipped(Fused):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The input if the chain runs fused, the original forward otherwise."""
+        if args and isinstance(args[0], fx.Proxy):
+            return call_module(self, args, kwargs)
         fusion = self._fused_op
         if fusion is None or kwargs or len(args) != 1 or fusion.why_unfused(args[0]) is not None:
             return super(Fused, self).forward(*args, **kwargs)  # type: ignore[misc]
@@ -84,15 +88,23 @@ class FusedSequential(Fused):
 
     def forward(self, input: Any) -> Any:
         """Each child, or group of fused ones, in turn."""
-        if self._fused_steps is None or list(self._modules.values()) != self._fused_steps[0]:  # type: ignore[attr-defined]
+        steps = self._fused_steps
+        children = list(self._modules.values())  # type: ignore[attr-defined]
+        if isinstance(input, fx.Proxy) or steps is None or children != steps[0]:
             return super(Fused, self).forward(input)  # type: ignore[misc]
-        for modules, fusion in self._fused_steps[1]:
+        for modules, fusion in steps[1]:
             if fusion is not None and fusion.why_unfused(input) is None:
                 input = fusion.run(input)
             else:
                 for module in modules:
                     input = module(input)
         return input
+
+
+def call_module(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of `module` in the graph that torch.fx traces: fused modules stay whole there, and fused."""
+    tracer = args[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 
 @functools.cache

@@ -368,6 +368,20 @@ def test_feature_extraction():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_feature_extraction_by_torch_fx():
+    models = thirdparty.torchvision_models()
+    extract = models.feature_extraction.create_feature_extractor
+    model = rf.models.randomize_batchnorms(models.resnet18(weights=None)).eval()
+    fast, x = rf.fuse(model), images(1, 64)
+    ours, theirs = (extract(m, ["layer1", "layer3.0"]) for m in (fast, model))
+    with torch.no_grad():
+        for a, b in zip(ours(x).values(), theirs(x).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    kernels = [row.kernel for row in rf.explain(ours, x).rows]
+    assert kernels.count("basic_block") == 5  # layer1, layer2 and the first of layer3
+    assert kernels.count("unfused") == 1  # the stem: what the graph calls is not the model that it is fused in
+
+
 def test_compiled_once_for_all_sizes():
     model = rf.models.randomize_batchnorms(rf.models.build("resnet20_cifar")).eval()
     fast = rf.fuse(model)
