@@ -15,8 +15,8 @@ hypothesis.settings.register_profile("default", derandomize=True, deadline=None,
 hypothesis.settings.load_profile("default")
 
 
-SHARE_OF_PLANTED_BUGS = 8
-"""Without --thorough, every so-many-th is run: all of them take a quarter of an hour."""
+SHARE_OF_PLANTED_BUGS = 12
+"""Without --thorough, every so-many-th is run: all of them take half an hour."""
 
 
 def pytest_addoption(parser):
@@ -40,6 +40,14 @@ def pytest_configure():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_test_changes_what_fresh_memory_holds():
+    yield
+    left_on = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)  # or the tests that follow would fail as well
+    assert not left_on, "the test left torch.use_deterministic_algorithms on"
 
 
 def pytest_generate_tests(metafunc):

@@ -88,7 +88,7 @@ BUGS = {
     ),
     "a block leaves while others write to it": (
         "PING_PONG",
-        Bug("sm90/conv.h", "  if constexpr (T::kCluster > 1) ptx::cluster_sync();", ""),
+        Bug("sm90/conv.h", "    ptx::cluster_sync();  // a block that is gone", "    // a block that is gone"),
     ),
     # Products
     "rows of the second half of a tile": (
@@ -223,7 +223,7 @@ BUGS = {
     ),
     "h2 read before the other group has written": (
         "STREAMED",
-        Bug("sm90/bottleneck_streamed.h", "    sync();  // h2 is there", "    //"),
+        Bug("sm90/bottleneck_streamed.h", "    sync();  // h2 is there", "    //", "thread"),
     ),
     "rows of the halo too narrow": (
         "STREAMED",

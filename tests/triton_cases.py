@@ -385,4 +385,4 @@ def check_far(case: Case) -> None:
         h1, others = 0.5 * shape.c + 1, 3.0
         expected = (0.5 * shape.mid * (h1 + others) + 1) * 0.5 * shape.mid + 1 + 1
     assert torch.equal(y[-1, :, -1, -1], torch.full((shape.output_shape[1],), expected).to(case.dtype))
-    assert not y[0].any()
+    assert not y[0].any(), f"the first image was written: {y[0].flatten()[:8].tolist()}"

@@ -39,14 +39,17 @@ def unsupported(shape: Shape, dtype: torch.dtype, device: torch.device) -> str |
 def unreliable(layer: Conv) -> bool:
     """Whether oneDNN, as of torch 2.13, reads memory that is not its own on this shape, in unfused models as well.
 
-    Seen, from random shapes: garbage where a strided output is one pixel wide and several high, a segmentation fault
-    where some window has no pixel of the image under its taps. The conditions here are a little wider than that.
+    Seen, from random shapes: garbage where a strided output is one pixel wide and several high, and in bfloat16 where a
+    dilated window begins with a single pixel of the image under its taps (1x2, stride 2x1, dilation 2, padding 2); a
+    segmentation fault where some window has no pixel under its taps. The conditions here are a little wider than that.
     """
     _, _, height, width = layer.output_shape
     if width == 1 and height > 1 and layer.stride[1] > 1 and layer.s > 1:
         return True
     axes = zip((layer.h, layer.w), (layer.r, layer.s), layer.padding, layer.dilation, strict=True)
-    return any(p > d * (k - 1) or (d > 1 and size < max(p, d)) for size, k, p, d in axes)
+    return any(
+        p > d * (k - 1) or (d > 1 and (size < max(p, d) or (k > 1 and p == d * (k - 1)))) for size, k, p, d in axes
+    )
 
 
 def _pack(
