@@ -9,6 +9,7 @@ one program, in virtual memory.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -330,11 +331,24 @@ CASES = [*LAYERS, *BLOCKS]
 # --- more than 2**31 elements -------------------------------------------------------------------------------------
 
 
+_empty = torch.empty
+
+
+def fresh(
+    *size: Any, dtype: torch.dtype = torch.float32, memory_format: Any = torch.contiguous_format, **_: Any
+) -> Tensor:
+    """`torch.empty`, zeros, and no memory until it is touched: malloc may hand out pages that were in use."""
+    shape = size if isinstance(size[0], int) else size[0]
+    like = _empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+    pages = mmap.mmap(-1, like.numel() * like.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).as_strided(like.shape, like.stride())
+
+
 class _Untouched(samples._Random):
     """Tensors whose pages only one program touches; the last pixel of an image and all weights are ones."""
 
     def image(self, *size: int) -> Tensor:
-        x = torch.empty(size, dtype=self.dtype, memory_format=torch.channels_last)
+        x = fresh(size, dtype=self.dtype, memory_format=torch.channels_last)
         x[-1, :, -1, -1] = 1
         return x
 
@@ -376,6 +390,7 @@ def check_far(case: Case) -> None:
         on_gpu(case, multiprocessors=2**30),  # a program for every tile
         interpreter_guard.overflow_checked(),
         interpreter_guard.as_program((-1, 0, 0)),
+        mock.patch.object(torch, "empty", fresh),
         torch.inference_mode(),
     ):
         y = call.run_kernel(kernels, case.kernel, config=case.config)
