@@ -117,6 +117,11 @@ class _Kept(NamedTuple):
         )
 
 
+def hook_stores(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Where a module holds the hooks that its call runs."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 class Fusion:
     """A piece of a model that runs as one op.
 
@@ -164,11 +169,7 @@ class Fusion:
         """Run unfused while one of these modules has a hook or is in train mode."""
         # Held directly: all of these are looked at on every call.
         self._present = list(modules)
-        self._hooks = [
-            hooks
-            for m in modules
-            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        ]
+        self._hooks = [hooks for m in modules for hooks in hook_stores(m)]
 
     def __getstate__(self) -> dict[str, Any]:
         # What is kept holds addresses, which mean nothing in a copy.

@@ -33,7 +33,10 @@ class Fused:
         fusion = self._fused_op
         if fusion is None or kwargs or len(args) != 1 or fusion.why_unfused(args[0]) is not None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        return fusion.run(args[0])
+        return self._fused_output(fusion, args[0])
+
+    def _fused_output(self, fusion: Fusion, x: Any) -> Any:
+        return fusion.run(x)
 
     # What may change a tensor without a trace on it: fold again afterwards.
 
@@ -67,14 +70,8 @@ class Skipped(Fused):
         """None of its own."""
         return ()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The input if the chain runs fused, the original forward otherwise."""
-        if args and isinstance(args[0], fx.Proxy):
-            return call_module(self, args, kwargs)
-        fusion = self._fused_op
-        if fusion is None or kwargs or len(args) != 1 or fusion.why_unfused(args[0]) is not None:
-            return super(Fused, self).forward(*args, **kwargs)  # type: ignore[misc]
-        return args[0]
+    def _fused_output(self, fusion: Fusion, x: Any) -> Any:
+        return x
 
 
 class FusedSequential(Fused):

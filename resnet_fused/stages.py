@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .fusion import BottleneckFusion, Fusion, is_image
+from .fusion import BottleneckFusion, Fusion, hook_stores, is_image
 from .mixins import Fused
 from .settings import resolve_backend
 
@@ -86,8 +86,7 @@ def _together(first: BottleneckFusion, other: BottleneckFusion, x: Tensor) -> bo
 
 def _watched(block: nn.Module) -> bool:
     """Whether something looks at a block's input or output, or replaces its forward."""
-    hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
-    return any(hooks) or "forward" in block.__dict__
+    return any(hook_stores(block)) or "forward" in block.__dict__
 
 
 def _run(chain: Sequence[BottleneckFusion], x: Tensor) -> Tensor:

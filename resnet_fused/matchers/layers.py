@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from ..folding import Layer
-from ..fusion import OWN_HOOKS
+from ..fusion import OWN_HOOKS, hook_stores
 from ..mixins import original_class
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
@@ -115,7 +115,7 @@ def activation(module: nn.Module) -> str | None:
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling a module runs more than its class's forward."""
-    stores = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    stores = hook_stores(module)
     return "forward" in module.__dict__ or any(hook not in OWN_HOOKS for hooks in stores for hook in hooks.values())
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .. import gpu_timer
 from ..bench import BASELINE, DTYPES
 from .peer import EAGER, Peer, Ready, Task
 
@@ -19,20 +20,17 @@ def channels_last(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
 
 def graphed(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The call as a replay of a CUDA graph, captured after three runs in which it compiles, packs and chooses."""
+    output: list[Tensor] = []
+
+    def keep() -> None:
+        output[:] = [call()]
+
     with torch.inference_mode():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = call()
+        graph = gpu_timer.captured(keep)
 
     def replay() -> Tensor:
         graph.replay()
-        return output
+        return output[0]
 
     return replay
 
