@@ -1,6 +1,7 @@
 """Other people's models and blocks: how much of each is fused, how exact it is, and what fuse's contract promises."""
 
 import copy
+import importlib
 import io
 import json
 import warnings
@@ -370,7 +371,7 @@ def test_feature_extraction():
 
 def test_feature_extraction_by_torch_fx():
     models = thirdparty.torchvision_models()
-    extract = models.feature_extraction.create_feature_extractor
+    extract = importlib.import_module("torchvision.models.feature_extraction").create_feature_extractor
     model = rf.models.randomize_batchnorms(models.resnet18(weights=None)).eval()
     fast, x = rf.fuse(model), images(1, 64)
     ours, theirs = (extract(m, ["layer1", "layer3.0"]) for m in (fast, model))
