@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <array>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -45,6 +46,45 @@ cpu::Algorithm algorithm_of(const std::string& name) {
   return cpu::Algorithm::kWinograd4;
 }
 
+// Blocks that are run again and again: everything but the images, and the tensors that they point into. `recording` is
+// the one that this thread is making: blocks are then written there and not computed.
+struct Recording {
+  struct Step {
+    cpu::Block block;
+    int64_t c;                   // channels of x
+    std::array<int64_t, 4> out;  // NCHW
+    int x, residual;             // the step whose output that is; kInput: the recording's x
+    int64_t out_bytes() const { return out[0] * out[1] * out[2] * out[3] * cpu::element_size(block.dtype); }
+  };
+  static constexpr int kInput = -1, kUnknown = -2;
+  static constexpr uint64_t kMagic = 0x7266726563303031;
+
+  uint64_t magic = kMagic;
+  const void* x;
+  std::vector<Step> steps;
+  bool plain = true;  // nothing else was run
+  std::vector<Tensor> kept;
+
+  explicit Recording(const void* input) : x(input) {}
+
+  // The latest: memory of an output that is gone may have been taken again.
+  int source(const void* data) const {
+    for (int i = static_cast<int>(steps.size()); i-- > 0;)
+      if (steps[i].block.out == data) return i;
+    return data == x ? kInput : kUnknown;
+  }
+  void add(const cpu::Block& block, int64_t c, const std::array<int64_t, 4>& out) {
+    const Step step{block, c, out, source(block.x), block.residual ? source(block.residual) : kInput};
+    plain = plain && step.x != kUnknown && step.residual != kUnknown;
+    steps.push_back(step);
+  }
+};
+thread_local std::unique_ptr<Recording> recording;
+
+void keep(const Tensor& t) {
+  if (recording) recording->kept.push_back(t);
+}
+
 // NCHW sizes in NHWC order, dense or a slice of the channels; strides of dimensions of size 1 do not matter. Returns
 // the elements from pixel to pixel.
 cpu::Pitch check_image(const Tensor& t, const char* name) {
@@ -62,6 +102,7 @@ const float* vector_of(const Tensor& t, int64_t size, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.dim() == 1, name,
                   ": expected a contiguous float32 CPU vector");
   STD_TORCH_CHECK(t.size(0) == size, name, ": expected ", size, " channels, got ", t.size(0));
+  keep(t);
   return static_cast<const float*>(t.const_data_ptr());
 }
 
@@ -71,6 +112,7 @@ const cpu::PackHeader& header_of(const Tensor& packed, const char* name = "packe
                   name, ": expected a tensor made by _cpu_pack");
   const void* header = packed.const_data_ptr();
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(header) % 64 == 0, name, ": expected packed weights aligned to 64 bytes");
+  keep(packed);
   return *static_cast<const cpu::PackHeader*>(header);
 }
 
@@ -134,6 +176,10 @@ Tensor run(const Tensor& x, cpu::Block& b) {
   const auto [n, k, h, w] = output_size(x, b);
   Tensor out = new_output(x, n, k, h, w);
   b.out = out.mutable_data_ptr();
+  if (recording) {
+    recording->add(b, x.size(1), {n, k, h, w});
+    return out;
+  }
   cpu::run_block(cpu::kernels(), b, torch_threads());
   return out;
 }
@@ -221,6 +267,7 @@ void cpu_conv_out(const Tensor& out, const Tensor& x, const Tensor& packed, cons
                   out.size(1), ", ", out.size(2), ", ", out.size(3), "]");
   b.out = out.mutable_data_ptr();
   b.reread = true;
+  if (recording) recording->plain = false;
   cpu::run_block(cpu::kernels(), b, torch_threads());
 }
 
@@ -333,6 +380,7 @@ Tensor cpu_dense_block(const Tensor& x, Tensors in_scale, Tensors in_shift, Tens
     last = layer_of(w2[i], last.shape, last.algorithm, last.relu, "w2");
     layers.push_back(b);
   }
+  if (recording) recording->plain = false;
   cpu::run_dense_block(cpu::kernels(), shape, image.x, image.x_pitch, out.mutable_data_ptr(), layers, torch_threads());
   return out;
 }
@@ -347,6 +395,76 @@ Tensor cpu_transition(const Tensor& x, const Tensor& in_scale, const Tensor& in_
   return run(x, b);
 }
 
+// Until `_cpu_recorded`, blocks that this thread runs are recorded: their outputs are not computed.
+void cpu_record(const Tensor& x) { recording = std::make_unique<Recording>(x.const_data_ptr()); }
+
+// What was recorded, for `_cpu_replay`, as a tensor that owns it; empty if it was not blocks that lead from x to y.
+Tensor cpu_recorded(const Tensor& y) {
+  std::unique_ptr<Recording> r = std::move(recording);
+  STD_TORCH_CHECK(r, "_cpu_recorded: expected a call of _cpu_record before it, in this thread");
+  const int64_t one = 1;
+  int64_t bytes = 0;
+  if (r->steps.empty() || !r->plain || r->steps.back().block.out != y.const_data_ptr())
+    return stable::empty({&bytes, 1}, ScalarType::Byte, std::nullopt, y.device());
+  bytes = sizeof(Recording);
+  return stable::from_blob(r.release(), {&bytes, 1}, {&one, 1}, y.device(), ScalarType::Byte,
+                           [](void* p) { delete static_cast<Recording*>(p); });
+}
+
+// Memory of the pool, for an image between two blocks.
+struct PoolDelete {
+  void operator()(void* p) const { cpu::pool_free(p); }
+};
+using Pooled = std::unique_ptr<void, PoolDelete>;
+Pooled pooled(int64_t bytes) { return Pooled(cpu::pool_allocate(static_cast<size_t>(bytes))); }
+
+// Recordings, each on the output of the one before.
+Tensor cpu_replay(const Tensor& x, Tensors recordings) {
+  STD_TORCH_CHECK(!recordings.empty(), "recordings: expected at least one");
+  std::vector<const Recording*> all;
+  for (const Tensor& t : recordings) {
+    const auto* const r = static_cast<const Recording*>(t.const_data_ptr());
+    STD_TORCH_CHECK(t.numel() == sizeof(Recording) && r->magic == Recording::kMagic,
+                    "recordings: expected tensors made by _cpu_recorded");
+    all.push_back(r);
+  }
+  const Recording::Step& first = all[0]->steps[0];
+  const cpu::Block image = block_of(x);
+  STD_TORCH_CHECK(image.n == first.block.n && x.size(1) == first.c && image.h == first.block.h &&
+                      image.w == first.block.w && image.dtype == first.block.dtype &&
+                      image.x_pitch == first.block.x_pitch,
+                  "x: expected the shape, dtype and strides that were recorded");
+  for (size_t i = 1; i < all.size(); ++i) {
+    const auto& out = all[i - 1]->steps.back().out;
+    const Recording::Step& next = all[i]->steps[0];
+    STD_TORCH_CHECK(next.block.n == out[0] && next.c == out[1] && next.block.h == out[2] && next.block.w == out[3] &&
+                        next.block.dtype == image.dtype && next.block.x_pitch == out[1],
+                    "recordings: expected each to take the output of the one before");
+  }
+  const auto [n, c, h, w] = all.back()->steps.back().out;
+  Tensor out = new_output(x, n, c, h, w);
+  const void* input = x.const_data_ptr();
+  Pooled owner;  // of the input
+  for (const Recording* r : all) {
+    std::vector<Pooled> outputs;
+    auto source = [&](int i) { return i == Recording::kInput ? input : outputs[i].get(); };
+    for (const Recording::Step& step : r->steps) {
+      const bool last = r == all.back() && &step == &r->steps.back();
+      cpu::Block b = step.block;
+      b.x = source(step.x);
+      if (b.residual) b.residual = source(step.residual);
+      if (!last) outputs.push_back(pooled(step.out_bytes()));
+      b.out = last ? out.mutable_data_ptr() : outputs.back().get();
+      cpu::run_block(cpu::kernels(), b, torch_threads());
+    }
+    if (r != all.back()) {
+      owner = std::move(outputs.back());
+      input = owner.get();
+    }
+  }
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
@@ -359,4 +477,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("_cpu_preact", TORCH_BOX(&cpu_preact));
   m.impl("_cpu_dense_block", TORCH_BOX(&cpu_dense_block));
   m.impl("_cpu_transition", TORCH_BOX(&cpu_transition));
+  m.impl("_cpu_record", TORCH_BOX(&cpu_record));
+  m.impl("_cpu_recorded", TORCH_BOX(&cpu_recorded));
+  m.impl("_cpu_replay", TORCH_BOX(&cpu_replay));
 }

@@ -6,7 +6,7 @@ import contextlib
 import operator
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ from .folding import Arguments, Layer, Selection
 from .kernels import packing
 from .kernels.layout import channels_last
 
-_address = Tensor.data_ptr
-_version = operator.attrgetter("_version")
+address = Tensor.data_ptr
+version = operator.attrgetter("_version")
 
 
 class _State(threading.local):
@@ -98,7 +98,7 @@ class Settings:
     channels_last: bool = False
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """Scales and shifts, and what their sources were when they were folded."""
 
     sources: list[Tensor]
@@ -108,18 +108,94 @@ class _Kept(NamedTuple):
     eps: list[float]
     vectors: list[tuple[Tensor, Tensor]]
 
-    def current(self, sources: list[Tensor], norms: list[Any]) -> bool:
+    def current(self, sources: list[Tensor], eps: list[float]) -> bool:
+        """Whether these are the sources, unchanged."""
         return (
             all(map(operator.is_, sources, self.sources))
-            and all(map(operator.eq, map(_address, sources), self.addresses))
-            and (self.versions is None or all(map(operator.eq, map(_version, sources), self.versions)))
-            and [norm.eps for norm in norms] == self.eps
+            and all(map(operator.eq, map(address, sources), self.addresses))
+            and (self.versions is None or all(map(operator.eq, map(version, sources), self.versions)))
+            and eps == self.eps
         )
 
 
 def hook_stores(module: nn.Module) -> tuple[dict[int, Any], ...]:
     """Where a module holds the hooks that its call runs."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+@dataclass
+class Watched:
+    """What is looked at on every call of a piece of a model, or of neighbouring ones, before it runs fused.
+
+    Attributes:
+        present: modules that must be in eval mode.
+        hooks: where those hold their hooks; there must be none.
+        inside: (dictionary of the parent's children, name) of the modules that the op replaces.
+        modules: what was there when the model was fused.
+        whole: dictionaries of children that must not grow either.
+        size: how many children they had.
+        owners: modules whose forward has to be running.
+        norms: BatchNorms whose eps is read.
+        sources: where the tensors are kept that scales and shifts depend on, as (dictionary, key).
+        weights: where those of the convolutions are.
+    """
+
+    present: list[nn.Module]
+    hooks: list[Any]
+    inside: list[tuple[dict[str, nn.Module | None], str]]
+    modules: list[nn.Module | None]
+    whole: list[dict[str, nn.Module | None]]
+    size: int
+    owners: list[nn.Module]
+    norms: list[Any]
+    sources: list[tuple[dict[str, Tensor], str]]
+    weights: list[tuple[dict[str, Tensor], str]]
+
+    def watch(self, modules: Sequence[nn.Module]) -> None:
+        """Look at the mode and hooks of these modules, and of no others."""
+        self.present = list(modules)
+        self.hooks = [hooks for m in modules for hooks in hook_stores(m)]
+
+    def changed(self) -> bool:
+        """Whether the modules inside are no longer those that were fused."""
+        return (
+            sum(map(len, self.whole)) != self.size
+            or [children.get(name) for children, name in self.inside] != self.modules
+        )
+
+    def why_unfused(self, device: torch.device | None) -> str | None:
+        """Why the original modules have to run now, or None if the op can."""
+        if any(self.hooks):
+            return "a hook on a module inside it"
+        if self.changed():
+            return "a module inside it was replaced after fusing"
+        if any([m.training for m in self.present]):
+            return "a module inside it is in train mode"
+        if _state.unfused:
+            return "inside unfused()"
+        if self.owners and not all([any([m is owner for m in _state.running]) for owner in self.owners]):
+            return "called from outside of the model's own forward"
+        if device is not None and torch.is_autocast_enabled(device.type):
+            return "autocast is on"
+        return None
+
+    def eps(self) -> list[float]:
+        """Of the BatchNorms."""
+        return [norm.eps for norm in self.norms]
+
+    def tensors(self) -> list[Tensor]:
+        """What scales and shifts depend on, then the weights."""
+        return [store[name] for store, name in (*self.sources, *self.weights)]
+
+    @classmethod
+    def all_of(cls, pieces: Sequence[Watched]) -> Watched:
+        """What is looked at for neighbours that run as one."""
+
+        def joined(name: str) -> list[Any]:
+            return [item for piece in pieces for item in getattr(piece, name)]
+
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: joined(name) for name in names if name != "size"}, size=sum(p.size for p in pieces))
 
 
 class Fusion:
@@ -138,8 +214,9 @@ class Fusion:
     """
 
     op: ClassVar[str]
+    recordable: ClassVar[bool] = True  # runs nothing but this package's ops
 
-    _kept: _Kept | None = None
+    kept: Kept | None = None  # scales and shifts, until what they come from changes
 
     def __init__(
         self,
@@ -155,48 +232,34 @@ class Fusion:
         self.steps = tuple(steps)
         self.options = options
         self.settings = settings
-        self.owner = owner
-        self._inside = list(inside)
-        self._modules = [children[name] for children, name in inside]
-        self._whole = list(whole)
-        self._size = sum(map(len, whole))
-        self._watch([m for m in self._modules if m is not None])
-        self._sources = [source for layer in layers for source in layer.sources()]
+        self.recordings: dict[Any, Any] = {}  # of this piece and those behind it, see replay.py
+        modules = [children[name] for children, name in inside]
+        self.watched = Watched(
+            present=[],
+            hooks=[],
+            inside=list(inside),
+            modules=modules,
+            whole=list(whole),
+            size=sum(map(len, whole)),
+            owners=[] if owner is None else [owner],
+            norms=[layer.norm for layer in layers if layer.norm is not None and layer.eps is None],
+            sources=[source for layer in layers for source in layer.sources()],
+            weights=[(conv._parameters, "weight") for conv in self.convs],  # type: ignore[misc]
+        )
+        self.watched.watch([m for m in modules if m is not None])
         self._first = self.convs[0]
-        self._norms = [layer.norm for layer in layers if layer.norm is not None and layer.eps is None]
-
-    def _watch(self, modules: Sequence[nn.Module]) -> None:
-        """Run unfused while one of these modules has a hook or is in train mode."""
-        # Held directly: all of these are looked at on every call.
-        self._present = list(modules)
-        self._hooks = [hooks for m in modules for hooks in hook_stores(m)]
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is kept holds addresses, which mean nothing in a copy.
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+        # What is kept and recorded holds addresses, which mean nothing in a copy.
+        return {**self.__dict__, "kept": None, "recordings": {}}
 
     def why_unfused(self, x: Any) -> str | None:
         """Why the original modules have to run now, or None if the op can."""
-        if any(self._hooks):
-            return "a hook on a module inside it"
-        if self.changed():
-            return "a module inside it was replaced after fusing"
-        if any([m.training for m in self._present]):
-            return "a module inside it is in train mode"
-        if _state.unfused:
-            return "inside unfused()"
-        if self.owner is not None and not any([owner is self.owner for owner in _state.running]):
-            return "called from outside of the model's own forward"
-        if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
-            return "autocast is on"
-        return None
+        return self.watched.why_unfused(x.device if isinstance(x, Tensor) else None)
 
     def changed(self) -> bool:
         """Whether the modules inside are no longer the ones it was made from."""
-        return (
-            sum(map(len, self._whole)) != self._size
-            or [children.get(name) for children, name in self._inside] != self._modules
-        )
+        return self.watched.changed()
 
     @property
     def convs(self) -> list[nn.Conv2d]:
@@ -214,18 +277,18 @@ class Fusion:
         """Weight, scale and shift of every layer; scales and shifts are kept until what they come from changes."""
         if torch.compiler.is_compiling():
             return self.fold()
-        sources = [store[name] for store, name in self._sources]
+        sources = [store[name] for store, name in self.watched.sources]
         if torch.is_grad_enabled() and any([t.requires_grad for t in sources]):
             return self.fold()
-        kept = self._kept
-        if kept is None or not kept.current(sources, self._norms):
+        kept = self.kept
+        if kept is None or not kept.current(sources, self.watched.eps()):
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept = _Kept(
+                kept = self.kept = Kept(
                     sources=sources,
                     aliases=[t.detach() for t in sources],
-                    addresses=[*map(_address, sources)],
-                    versions=None if any(t.is_inference() for t in sources) else [*map(_version, sources)],
-                    eps=[norm.eps for norm in self._norms],
+                    addresses=[*map(address, sources)],
+                    versions=None if any(t.is_inference() for t in sources) else [*map(version, sources)],
+                    eps=self.watched.eps(),
                     vectors=[layer.fold() for layer in self.layers],
                 )
         like = self._first.weight
@@ -238,7 +301,7 @@ class Fusion:
 
     def refold(self) -> None:
         """Forget the kept scales and shifts, and the packed weights."""
-        self._kept = None
+        self.kept = None
         for layer in self.layers:
             if (weight := layer.forget()) is not None:
                 packing.forget(weight)

@@ -60,6 +60,7 @@ class GraphFusion(Fusion):
     """
 
     op = "conv_bn_act"
+    recordable = False
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class GraphFusion(Fusion):
         self.program = list(program)
         self.result = result
         self.channels = channels
-        self._watch(left_out)
+        self.watched.watch(left_out)
 
     def compute(self, x: Tensor, arguments: Sequence[Arguments], backend: str, accuracy: str) -> Tensor:  # noqa: D102
         values: dict[int, Any] = {0: x}

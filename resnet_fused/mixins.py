@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from . import replay
 from .fusion import Fusion
 
 FUSED_ATTRIBUTES = ("_fused_op", "_fused_steps")  # what fusing adds to a module
@@ -31,12 +32,15 @@ class Fused:
         if args and isinstance(args[0], fx.Proxy):
             return call_module(self, args, kwargs)
         fusion = self._fused_op
-        if fusion is None or kwargs or len(args) != 1 or fusion.why_unfused(args[0]) is not None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        return self._fused_output(fusion, args[0])
+        if fusion is not None and not kwargs and len(args) == 1:
+            output = self._fused_output(fusion, args[0])
+            if output is not None:
+                return output
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def _fused_output(self, fusion: Fusion, x: Any) -> Any:
-        return fusion.run(x)
+        """None if the original forward has to run."""
+        return run_fused(fusion, x)
 
     # What may change a tensor without a trace on it: fold again afterwards.
 
@@ -71,7 +75,7 @@ class Skipped(Fused):
         return ()
 
     def _fused_output(self, fusion: Fusion, x: Any) -> Any:
-        return x
+        return x if fusion.why_unfused(x) is None else None
 
 
 class FusedSequential(Fused):
@@ -90,12 +94,21 @@ class FusedSequential(Fused):
         if isinstance(input, fx.Proxy) or steps is None or children != steps[0]:
             return super(Fused, self).forward(input)  # type: ignore[misc]
         for modules, fusion in steps[1]:
-            if fusion is not None and fusion.why_unfused(input) is None:
-                input = fusion.run(input)
-            else:
+            output = None if fusion is None else run_fused(fusion, input)
+            if output is None:
+                output = input
                 for module in modules:
-                    input = module(input)
+                    output = module(output)
+            input = output
         return input
+
+
+def run_fused(fusion: Fusion, x: Any) -> Any:
+    """The output of a piece, None if its original modules have to run now."""
+    output, count = replay.run((fusion,), x)
+    if count:
+        return output
+    return fusion.run(x) if fusion.why_unfused(x) is None else None
 
 
 def call_module(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

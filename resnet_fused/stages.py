@@ -1,4 +1,4 @@
-"""Chains of identity bottlenecks in an nn.Sequential, which run as one op where a kernel may take them together.
+"""Neighbouring blocks in an nn.Sequential, which run together where that may pay.
 
 The blocks stay fused each on its own. At every call it is looked at anew which of them form a chain: a hook on a block,
 its train mode or another module in its place cut the chain there, and calling a block by itself gives its own output.
@@ -13,17 +13,17 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, replay
 from .fusion import BottleneckFusion, Fusion, hook_stores, is_image
 from .mixins import Fused
 from .settings import resolve_backend
 
 
 class FusedStage(Fused):
-    """Runs neighbouring identity bottlenecks of an nn.Sequential as `ops.bottleneck_chain` where it may pay.
+    """Runs neighbouring blocks of an nn.Sequential together where it may pay.
 
-    That is on a GPU, where the plan then decides by measured times, and with the backend `"triton"`. On a CPU the
-    blocks run one by one: no kernel there takes more than a block.
+    On a CPU they are recorded once and then are one call (see replay.py). On a GPU, and with the backend `"triton"`,
+    identity bottlenecks may run as `ops.bottleneck_chain`; the plan then decides by measured times.
     """
 
     def fusions(self) -> Sequence[Fusion]:
@@ -31,22 +31,40 @@ class FusedStage(Fused):
         return ()
 
     def forward(self, input: Any) -> Any:
-        """Each child or chain of them in turn."""
+        """Each child, or several neighbours at once, in turn."""
         if not is_image(input):
             return super(Fused, self).forward(input)  # type: ignore[misc]
         children: list[nn.Module] = list(self._modules.values())  # type: ignore[attr-defined]
         i = 0
         while i < len(children):
-            chain = [*_chain(children[i:], input)]
-            input = _run(chain, input) if len(chain) > 1 else children[i](input)
-            i += max(1, len(chain))
+            input, count = _run(children[i:], input)
+            i += count
         return input
 
 
 def is_stage(fusions: Sequence[Fusion | None]) -> bool:
-    """Whether two neighbours can be a chain, by what the children of an nn.Sequential run as, in order."""
-    pairs = itertools.pairwise(fusions)
-    return any(_is_identity(a) and _is_identity(b) and _width(a) == _width(b) for a, b in pairs)
+    """Whether two neighbours may run together, by what the children of an nn.Sequential run as, in order."""
+    return any(a is not None and b is not None for a, b in itertools.pairwise(fusions))
+
+
+def _run(children: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
+    """Run the first child, or as many as may run together; the output, and how many they were."""
+    fusions = [*itertools.takewhile(lambda fusion: fusion is not None, map(_fusion, children))]
+    blocks = children[: len(fusions)]
+    if len(blocks) > 1:
+        output, count = replay.run(fusions, x, blocks)  # type: ignore[arg-type]
+        if count:
+            return output, count
+        chain = _chain(blocks, x)
+        if len(chain) > 1:
+            return _run_chain(chain, x), len(chain)
+    return children[0](x), 1
+
+
+def _fusion(child: Any) -> Fusion | None:
+    """What a child runs as, if that is one op by itself."""
+    alone = getattr(type(child), "_fused_output", None) is Fused._fused_output
+    return child._fused_op if alone else None
 
 
 def _is_identity(fusion: Fusion | None) -> TypeGuard[BottleneckFusion]:
@@ -62,11 +80,11 @@ def _width(fusion: BottleneckFusion) -> tuple[int, ...]:
     return fusion.convs[0].weight.shape
 
 
-def _chain(children: Sequence[nn.Module], x: Tensor) -> list[BottleneckFusion]:
+def _chain(children: Sequence[Any], x: Tensor) -> list[BottleneckFusion]:
     """The blocks from the first child on that can run together now."""
     found: list[BottleneckFusion] = []
     for child in children:
-        fusion = child._fused_op if isinstance(child, Fused) else None
+        fusion = child._fused_op
         if not _is_identity(fusion) or not _together(found[0] if found else fusion, fusion, x):
             break
         if _watched(child) or fusion.why_unfused(x) is not None:
@@ -89,7 +107,7 @@ def _watched(block: nn.Module) -> bool:
     return any(hook_stores(block)) or "forward" in block.__dict__
 
 
-def _run(chain: Sequence[BottleneckFusion], x: Tensor) -> Tensor:
+def _run_chain(chain: Sequence[BottleneckFusion], x: Tensor) -> Tensor:
     settings = chain[0].settings
     if settings.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)

@@ -37,6 +37,9 @@ for _schema in (
     "_cpu_dense_block(Tensor x, Tensor[] in_scale, Tensor[] in_shift, Tensor[] w1, Tensor[] s1, Tensor[] b1, "
     "Tensor[] w2, int growth, str algorithm) -> Tensor",
     "_cpu_transition(Tensor x, Tensor in_scale, Tensor in_shift, Tensor packed) -> Tensor",
+    "_cpu_record(Tensor x) -> ()",
+    "_cpu_recorded(Tensor y) -> Tensor",
+    "_cpu_replay(Tensor x, Tensor[] recordings) -> Tensor",
 ):
     native.library.define(_schema)
 native.load()

@@ -1,0 +1,174 @@
+"""Fused pieces on a CPU, recorded once for an input's shape and then run by one call.
+
+Between two blocks a model spends its time in Python: whether the piece may still run fused, its arguments, the op's
+checks, the plan, two dispatchers. After a kernel that has filled the caches all of that comes from far away, and takes
+0.25 to 0.4 ms a block: a quarter of ResNet-50 at batch 1 in bfloat16. What does not change from call to call is
+therefore recorded: the blocks as the native library runs them, and everything that decided it. As long as that is
+unchanged, neighbouring blocks of an nn.Sequential are one call.
+
+Whatever wants to see the ops gets them one by one: tracing, torch.compile, dispatch and function modes, transforms of
+torch.func, the profiler, gradients.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import plan
+from .fusion import Fusion, Watched, address, hook_stores, version
+from .kernels import native
+from .settings import resolve_backend
+
+CPU = torch.device("cpu")
+
+RECORDINGS_PER_FUSION = 8
+"""Of as many input shapes; the oldest makes room."""
+
+
+class Recording:
+    """Neighbouring pieces as they run on one kind of input, and what that depends on.
+
+    Args:
+        fusions: the pieces, as many as could be recorded.
+        blocks: the modules around them whose own hooks and forward are passed by.
+        handles: one for each piece, made by the native library.
+        choices: what the plan decided, for `explain`.
+    """
+
+    def __init__(
+        self,
+        fusions: Sequence[Fusion],
+        blocks: Sequence[nn.Module],
+        handles: list[Tensor],
+        choices: list[plan.Choice],
+    ) -> None:
+        self.handles = handles
+        self.choices = choices
+        self._fusions = fusions
+        self._blocks = [block.__dict__ for block in blocks]
+        self._watched = Watched.all_of([fusion.watched for fusion in fusions])
+        self._watched.hooks += [store for block in blocks for store in hook_stores(block)]
+        self._eps = self._watched.eps()
+        self._kept = [fusion.kept for fusion in fusions]
+        self.tensors = self._watched.tensors()
+        self._aliases = [t.detach() for t in self.tensors]  # so that no other tensor can come by the same address
+        self._addresses = [*map(address, self.tensors)]
+        self._strides = [t.stride() for t in self.tensors]
+        inference = any(t.is_inference() for t in self.tensors)
+        self._versions = None if inference else [*map(version, self.tensors)]
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        if self._watched.why_unfused(CPU) is not None or self._watched.eps() != self._eps:
+            return False
+        if any(["forward" in block for block in self._blocks]):
+            return False
+        if not all(map(operator.is_, self._kept, [fusion.kept for fusion in self._fusions])):
+            return False
+        tensors = self._watched.tensors()
+        return (
+            all(map(operator.is_, tensors, self.tensors))
+            and [*map(address, tensors)] == self._addresses
+            and (self._versions is None or [*map(version, tensors)] == self._versions)
+            and [t.stride() for t in tensors] == self._strides
+        )
+
+    def run(self, x: Tensor) -> Tensor:
+        """The output of the last piece."""
+        for choice in self.choices:
+            plan.note(choice)
+        return torch.ops.resnet_fused._cpu_replay.default(x, self.handles)
+
+
+def run(fusions: Sequence[Fusion], x: Tensor, blocks: Sequence[nn.Module] = ()) -> tuple[Tensor, int]:
+    """Run as many of the pieces as may run as one call.
+
+    Args:
+        fusions: neighbours, each of which takes the output of the one before.
+        x: input of the first.
+        blocks: the modules that are not called for it, where `fusions` are theirs; none of them may have a hook.
+
+    Returns:
+        The output of the last one that was run, and how many were; x and 0 if they have to be called.
+    """
+    if not _plain(x):
+        return x, 0
+    first = fusions[0].settings
+    backend = resolve_backend(first.backend)
+    if backend not in ("auto", "cpu"):
+        return x, 0
+    if first.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    key = (tuple(fusions), x.shape, x.stride(), x.dtype, backend, plan.state(x.device))
+    kept = fusions[0].recordings
+    recording = kept.get(key)
+    if recording is None or not recording.holds():
+        kept.pop(key, None)
+        recording = _record(fusions, blocks, x)
+        if recording is None:
+            return x, 0
+        while len(kept) >= RECORDINGS_PER_FUSION:
+            kept.pop(next(iter(kept)), None)
+        kept[key] = recording
+    if not recording.handles or _wants_gradients(x, recording.tensors):
+        return x, 0
+    return recording.run(x), len(recording.handles)
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether nothing but the result is of interest: no graph, no mode, no profile."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dim() == 4
+        and native.available()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+def _wants_gradients(x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any([t.requires_grad for t in tensors]))
+
+
+def _record(fusions: Sequence[Fusion], blocks: Sequence[nn.Module], x: Tensor) -> Recording | None:
+    """The pieces up to the first that other kernels take part in; None if one may not run fused now."""
+    if any(any(hook_stores(block)) or "forward" in block.__dict__ for block in blocks):
+        return None
+    watched = Watched.all_of([fusion.watched for fusion in fusions])
+    if watched.why_unfused(CPU) is not None or _wants_gradients(x, watched.tensors()):
+        return None
+    handles: list[Tensor] = []
+    choices: list[plan.Choice] = []
+    for fusion in fusions:
+        if not fusion.recordable or fusion.settings != fusions[0].settings:
+            break
+        with plan.record() as noted:
+            handle, y = _handle(fusion, x)
+        if not handle.numel():
+            break
+        handles.append(handle)
+        choices += noted
+        x = y
+    # One that cannot be recorded is watched all the same: it is not tried again at every call.
+    count = max(1, len(handles))
+    return Recording(fusions[:count], blocks[:count], handles, choices)
+
+
+def _handle(fusion: Fusion, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A piece as the native library runs it, empty if that is not all of it; and an output, not computed."""
+    torch.ops.resnet_fused._cpu_record.default(x)
+    y = x
+    try:
+        y = fusion.run(x)
+    finally:
+        handle = torch.ops.resnet_fused._cpu_recorded.default(y)
+    return handle, y

@@ -1,0 +1,421 @@
+"""Recorded blocks: the same bits as the ops one by one, and no call that misses what has changed since."""
+
+import contextlib
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import resnet_fused as rf
+from resnet_fused import plan, replay
+from resnet_fused.kernels import native
+from resnet_fused.nn import plain
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="there are no native kernels")
+
+OPS = torch.ops.resnet_fused
+X = torch.randn(2, 16, 10, 9, generator=torch.Generator().manual_seed(1)).to(memory_format=torch.channels_last)
+
+
+class OneByOne(TorchDispatchMode):
+    """Looks at every op, so that none may be left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+class Net(nn.Module):
+    """A layer, a stage of bottlenecks and one of basic blocks, wide enough for the plan to take the CPU kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.layer1 = nn.Sequential(
+            plain.Bottleneck(16, 16, 2, projection(16, 64, 2)), plain.Bottleneck(64, 16), plain.Bottleneck(64, 16)
+        )
+        self.layer2 = nn.Sequential(plain.BasicBlock(64, 64), plain.BasicBlock(64, 64))
+
+    def forward(self, x):
+        return self.layer2(self.layer1(self.stem(x)))
+
+
+def projection(c, k, stride):
+    return nn.Sequential(nn.Conv2d(c, k, 1, stride, bias=False), nn.BatchNorm2d(k))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return rf.models.randomize_batchnorms(Net()).eval()
+
+
+@pytest.fixture
+def fast(net):
+    with torch.no_grad():
+        fast = rf.fuse(net)
+        fast(X)
+        fast(X)
+    return fast
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """How many pieces each replay ran, in order."""
+    lengths, run = [], replay.Recording.run
+
+    def counted(self, x):
+        lengths.append(len(self.handles))
+        return run(self, x)
+
+    monkeypatch.setattr(replay.Recording, "run", counted)
+    return lengths
+
+
+def one_by_one(model, x):
+    with OneByOne() as mode:
+        y = model(x)
+    assert not any("replay" in name for name in mode.seen)
+    return y
+
+
+def same(model, x=X):
+    """That a model gives what its ops give one by one, twice."""
+    with torch.no_grad():
+        expected = one_by_one(model, x)
+        assert torch.equal(model(x), expected)
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("weights", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
+def test_the_same_bits_and_format(net, dtype, memory_format, weights):
+    fast = rf.fuse(net.to(dtype).to(memory_format=weights))
+    x = X.to(dtype).contiguous(memory_format=memory_format)
+    same(fast, x)
+    assert fast(x).stride() == one_by_one(fast, x).stride()
+
+
+def test_neighbours_are_one_call(fast, replays):
+    with torch.no_grad():
+        fast(X)
+    assert replays == [1, 3, 2]
+
+
+def test_a_block_alone_gives_its_own_output(fast, replays):
+    with torch.no_grad():
+        h = fast.layer1[0](fast.stem(X))
+        expected = one_by_one(fast.layer1[0], one_by_one(fast.stem, X))
+    assert torch.equal(h, expected)
+    assert replays == [1, 1]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (6, 1), (5, 4)])
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_every_size_has_its_own(fast, n, size):
+    for x in (torch.randn(n, 16, *size), X):
+        same(fast, x)
+
+
+@pytest.mark.parametrize("drop_in", [False, True], ids=["fuse", "nn"])
+def test_slices_of_channels(net, drop_in):
+    fast = rf.nn.BasicBlock(16, 16).eval() if drop_in else rf.fuse(net)
+    same(fast)
+    if drop_in:  # takes what it is given, where `fuse` converts it
+        assert fast._fused_op.recordings
+    wide = torch.randn(2, 40, 10, 9).to(memory_format=torch.channels_last)
+    same(fast, wide[:, 8:24])
+    same(fast, wide[:, :16])
+
+
+def scaled(t):
+    with torch.no_grad():
+        t.mul_(1.5)
+
+
+def replaced(module, name):
+    old = getattr(module, name)
+    setattr(module, name, nn.Parameter(old.detach() * 2, requires_grad=False))
+
+
+def written_through_data(model):
+    """A change that torch does not count; `eval` is what the documentation asks for then."""
+    model.layer1[2].conv2.weight.data.mul_(2)
+    model.eval()
+
+
+CHANGES = {
+    "through data, then eval": written_through_data,
+    "weight in place": lambda m: scaled(m.layer1[1].conv2.weight),
+    "weight of the last block": lambda m: scaled(m.layer2[1].conv2.weight),
+    "BatchNorm in place": lambda m: scaled(m.layer1[2].bn3.running_var),
+    "projection's shift": lambda m: scaled(m.layer1[0].downsample[1].bias),
+    "weight's data": lambda m: setattr(m.layer1[1].conv1.weight, "data", m.layer1[1].conv1.weight * 2),
+    "shift's data": lambda m: setattr(m.layer2[0].bn1.bias, "data", m.layer2[0].bn1.bias + 1),
+    "another view of the same memory": lambda m: setattr(
+        m.layer2[0].conv1.weight, "data", m.layer2[0].conv1.weight.data.transpose(2, 3)
+    ),
+    "another parameter": lambda m: replaced(m.layer1[0].conv3, "weight"),
+    "another buffer": lambda m: m.layer1[0].bn1._buffers.update(running_mean=torch.ones(16)),
+    "eps": lambda m: setattr(m.layer1[2].bn1, "eps", 0.5),
+    "state dict": lambda m: m.load_state_dict(
+        {k: v * 1.25 if v.is_floating_point() else v for k, v in m.state_dict().items()}
+    ),
+    "BatchNorm replaced": lambda m: setattr(m.layer1[1], "bn2", nn.Identity()),
+    "block replaced": lambda m: m.layer1.__setitem__(1, nn.Identity()),
+    "block added": lambda m: m.layer1.append(nn.Softplus()),
+    "block taken away": lambda m: m.layer1.__delitem__(2),
+    "block's forward": lambda m: setattr(m.layer1[1], "forward", torch.neg),
+    "train mode of a BatchNorm": lambda m: m.layer1[1].bn1.train(),
+    "dtype": lambda m: m.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_changes_are_seen(net, change, mode):
+    fast = rf.fuse(net)
+    with mode():
+        fast(X)
+        before = fast(X)
+        expected = copy.deepcopy(net)
+        change(fast)
+        change(expected)
+        x = X.to(next(fast.parameters()).dtype)
+        # A BatchNorm in train mode changes its own buffers: each model is called once.
+        y, expected = fast(x), expected(x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+        assert y.dtype != before.dtype or y.shape != before.shape or not torch.allclose(y, before, rtol=1e-3, atol=1e-3)
+
+
+def test_another_parameter_in_the_same_memory_is_seen(fast):
+    conv = fast.layer1[1].conv2
+    scaled(conv.weight)
+    with torch.no_grad():
+        before = fast(X)
+        written = conv.weight._version
+        conv.weight = nn.Parameter(conv.weight.data, requires_grad=False)
+        for _ in range(written):  # until both counts are the same
+            scaled(conv.weight)
+        assert not torch.equal(fast(X), before)
+    same(fast)
+
+
+@pytest.mark.parametrize(
+    "where", ["layer1", "layer1.1", "layer1.1.bn2", "layer1.0.downsample", "layer2.1.relu", "stem.0"]
+)
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_see_what_passes(net, fast, where, kind, replays):
+    seen = {}
+
+    def hook(model):
+        def look(module, *values):
+            seen.setdefault(model, []).append(torch.utils._pytree.tree_leaves(values[-1])[0].clone())
+
+        return getattr(model.get_submodule(where), kind)(look)
+
+    handles = [hook(fast), hook(net)]
+    with torch.no_grad():
+        torch.testing.assert_close(fast(X), net(X), rtol=1e-4, atol=1e-4)
+        assert len(seen[fast]) == len(seen[net]) > 0
+        for mine, theirs in zip(seen[fast], seen[net], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        for handle in handles:
+            handle.remove()
+        replays.clear()
+        fast(X)
+    assert replays == [1, 3, 2]
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        rf.fusion.unfused,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: rf.backend("reference"),
+        lambda: rf.backend("vendor"),
+        torch.profiler.profile,
+        OneByOne,
+        lambda: FlopCounterMode(display=False),
+        lambda: torch.device("meta"),
+    ],
+    ids=["unfused", "autocast", "reference", "vendor", "profiler", "dispatch", "flops", "default device"],
+)
+def test_contexts_that_want_the_ops(fast, context, replays):
+    with torch.no_grad(), context():
+        y = fast(X)
+    assert replays == []
+    with torch.no_grad():
+        torch.testing.assert_close(y.float(), fast(X), rtol=0.1, atol=0.1)
+    assert replays == [1, 3, 2]
+
+
+def test_the_profiler_names_blocks(fast):
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        fast(X)
+    names = [event.key for event in profile.key_averages()]
+    assert {"resnet_fused::bottleneck", "resnet_fused::basic_block"} <= set(names)
+
+
+def test_gradients(net, fast, replays):
+    x = X.clone().requires_grad_()
+    mine = torch.autograd.grad(fast(x).square().mean(), [x, fast.layer1[1].conv2.weight])
+    theirs = torch.autograd.grad(net(x).square().mean(), [x, net.layer1[1].conv2.weight])
+    assert replays == []
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    fast.requires_grad_(False)
+    fast(X)  # nothing wants a gradient
+    assert replays == [1, 3, 2]
+    assert fast(x).requires_grad
+
+
+def test_functional_transforms_and_tracing(fast, replays):
+    fast.requires_grad_(False)
+    x = torch.stack([X, X + 1])
+    with torch.no_grad():
+        expected = torch.stack([fast(x[0]), fast(x[1])])
+        del replays[:]
+        traced = torch.jit.trace(fast, X, check_trace=False)
+        exported = torch.export.export(fast, (X,)).module()
+        compiled = torch.compile(fast, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(X), expected[0])
+        assert replays == []
+        for again in (traced, exported):
+            torch.testing.assert_close(again(X + 1), expected[1])
+    torch.testing.assert_close(torch.func.jvp(fast, (X,), (torch.zeros_like(X),))[0], expected[0])
+    assert replays == []
+
+
+def test_threads_and_instruction_sets_are_planned_anew(fast):
+    threads, isa = torch.get_num_threads(), native.isa()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            same(fast)
+        for name in native.bindings.isas():
+            native.bindings.set_isa(name)
+            same(fast)
+    finally:
+        torch.set_num_threads(threads)
+        native.bindings.set_isa(isa)
+
+
+def test_several_threads_at_once(fast):
+    images = [torch.randn(1 + i % 3, 16, 9, 9) for i in range(12)]
+    with torch.no_grad():
+        expected = [one_by_one(fast, x) for x in images]
+    wrong = []
+
+    def work(i):
+        with torch.no_grad():
+            for _ in range(10):
+                for x, y in zip(images[i:], expected[i:], strict=True):
+                    if not torch.equal(fast(x), y):
+                        wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_copies_record_for_themselves(fast, replays):
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        scaled(twin.layer1[1].conv2.weight)
+        same(twin)
+    assert set(replays) == {1, 2, 3}
+    same(fast)
+
+
+def test_what_a_replay_runs_is_noted(fast):
+    with torch.no_grad():
+        with plan.record() as choices:
+            fast(X)
+        with plan.record() as expected:
+            one_by_one(fast, X)
+    assert choices == expected
+    assert {"conv", "bottleneck", "basic_block"} == {choice.shape.op for choice in choices}
+
+
+def test_recordings_go_with_the_model(net):
+    fast = rf.fuse(net)
+    with torch.no_grad():
+        fast(X)
+    kept = [r for m in fast.modules() for f in getattr(m, "fusions", list)() for r in f.recordings.values()]
+    handles = [weakref.ref(handle) for r in kept for handle in r.handles]
+    assert handles
+    del kept, fast, net
+    gc.collect()
+    # `net` lives on in its fixture; what was fused is gone.
+    assert [handle() for handle in handles] == [None] * len(handles)
+
+
+def test_a_few_shapes_are_kept(fast):
+    with torch.no_grad():
+        for h in range(3, 14):
+            fast(torch.randn(1, 16, h, 5))
+    assert all(
+        len(f.recordings) <= replay.RECORDINGS_PER_FUSION for m in fast.modules() for f in getattr(m, "fusions", list)()
+    )
+
+
+def test_what_is_no_single_block_is_tried_once(monkeypatch):
+    torch.manual_seed(0)
+    blocks = [plain.Bottleneck(32, 8), plain.Bottleneck(32, 8, groups=2, base_width=32), plain.Bottleneck(32, 8)]
+    fast = rf.fuse(rf.models.randomize_batchnorms(nn.Sequential(*blocks)).eval())
+    tried, handle = [], replay._handle
+    monkeypatch.setattr(replay, "_handle", lambda *args: tried.append(0) or handle(*args))
+    x = torch.randn(1, 32, 6, 6)
+    same(fast, x)
+    count = len(tried)
+    same(fast, x)
+    assert len(tried) == count
+
+
+def test_an_error_while_recording_leaves_nothing_behind(net, monkeypatch):
+    fast = rf.fuse(net)
+
+    def fail(self, x):
+        raise RuntimeError("no")
+
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(rf.fusion.Fusion, "run", fail)
+            with pytest.raises(RuntimeError, match="no"):
+                fast(X)
+        with pytest.raises(RuntimeError, match="_cpu_record"):
+            OPS._cpu_recorded(X)
+        same(fast)
+
+
+def test_wrong_arguments_are_refused(fast):
+    handles = next(iter(fast.layer2[0]._fused_op.recordings.values())).handles
+    with pytest.raises(RuntimeError, match="at least one"):
+        OPS._cpu_replay(X, [])
+    with pytest.raises(RuntimeError, match="made by _cpu_recorded"):
+        OPS._cpu_replay(X, [torch.zeros(handles[0].numel(), dtype=torch.uint8)])
+    with pytest.raises(RuntimeError, match="made by _cpu_recorded"):
+        OPS._cpu_replay(X, [torch.zeros(3, dtype=torch.uint8)])
+    good = torch.randn(2, 64, 5, 5).to(memory_format=torch.channels_last)
+    OPS._cpu_replay(good, handles)
+    for bad in (good[:1], good[:, :16], good[:, :, :4], good.bfloat16(), good.contiguous()):
+        with contextlib.suppress(AssertionError), pytest.raises(RuntimeError, match="x: expected"):
+            OPS._cpu_replay(bad, handles)
+    first = next(iter(fast.layer1[0]._fused_op.recordings.values())).handles[:1]
+    with pytest.raises(RuntimeError, match="output of the one before"):
+        OPS._cpu_replay(X, [*first, *first])
