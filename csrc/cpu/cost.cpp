@@ -17,7 +17,11 @@ constexpr double kBandwidth = 8e9;  // bytes/s of a thread between L2 and what l
 constexpr double kInCache = 30e9;   // bytes/s of Winograd's transforms, through L2
 constexpr double kPrologue = 8e9;   // elements/s of a prologue
 constexpr double kLaunch = 4e-6;    // of one parallel region
+// Of one op of torch, dispatched from Python: 20 us when all of that is in the caches, 50 to 100 after a kernel that
+// filled them. The package's own blocks are recorded, and pay it once for a stage.
+constexpr double kVendorCall = 40e-6;
 constexpr double kOwnEfficiency = 0.88, kVendorEfficiency = 0.85;  // share of the peak outside memory traffic
+constexpr double kVendorAmx = 0.6;  // basic blocks of 16 to 128 channels take oneDNN 1.5 to 2.4 times as long as ours
 
 double rate(Isa isa, bool bf16) {
   return bf16 ? kRates[static_cast<int>(isa)].bf16 : kRates[static_cast<int>(isa)].f32;
@@ -122,18 +126,23 @@ Cost vendor_cost(const Block& b, int threads) {
   const double element = static_cast<double>(element_size(b.dtype));
   Cost c{};
   double seconds = 0, bytes = 0;
+  const bool bf16 = b.dtype == DType::kBf16;
+  const double efficiency = bf16 && best == Isa::kAmx ? kVendorAmx : kVendorEfficiency;
   auto add = [&](const ConvShape& s, int64_t in_pixels, int64_t out_pixels) {
     const double flops = conv_flops(s, out_pixels);
     c.flops += flops;
-    seconds += flops / (rate(best, b.dtype == DType::kBf16) * kVendorEfficiency);
+    // oneDNN's AMX kernels, too, multiply 32 channels at a time.
+    const int64_t depth = s.c / s.groups;
+    const double waste = bf16 && depth >= 16 ? padded(depth, 32) / static_cast<double>(depth) : 1;
+    seconds += waste * flops / (rate(best, bf16) * efficiency);
     bytes += (static_cast<double>(in_pixels) * s.c + static_cast<double>(out_pixels) * s.k) * element;
-    c.seconds += kLaunch;
+    c.seconds += kVendorCall;
   };
   for (int l = 0; l < b.layer_count; ++l)
     add(b.layers[l].shape, int64_t{b.n} * g.h[l] * g.w[l], int64_t{b.n} * g.h[l + 1] * g.w[l + 1]);
   if (b.in_scale) {  // scale and shift, ReLU and average one by one
     bytes += 4 * g.in_bytes + (b.average ? 1.25 * g.in_bytes : 0);
-    c.seconds += (b.average ? 3 : 2) * kLaunch;
+    c.seconds += (b.average ? 3 : 2) * kVendorCall;
   }
   const int64_t last = int64_t{b.n} * g.h[b.layer_count] * g.w[b.layer_count];
   if (b.has_projection) add(b.projection.shape, g.in_pixels, last);
@@ -141,7 +150,7 @@ Cost vendor_cost(const Block& b, int threads) {
     bytes += static_cast<double>(last) * b.layers[b.layer_count - 1].shape.k * element;
   if (b.pool.kernel) {  // a kernel of its own
     bytes += static_cast<double>(last) * b.layers[0].shape.k * element + g.out_bytes;
-    c.seconds += kLaunch;
+    c.seconds += kVendorCall;
   }
   c.bytes = bytes;
   c.seconds += (seconds + bytes / kBandwidth) / threads;
