@@ -794,6 +794,7 @@ class Unit {
                                    : 0;
   }
   void ahead(int lines, GemmArgs& args) {
+    if (!lines) return;  // threads that share a layer's channels come by here all at once
     args.prefetch = ahead_;
     args.prefetch_lines = ahead_ < ahead_end_ ? lines : 0;
     ahead_ += int64_t{args.prefetch_lines} * args.tap_count * kLine;
