@@ -13,13 +13,15 @@ struct Rates {
   double f32, bf16;
 };
 constexpr Rates kRates[kIsaCount] = {{13e9, 13e9}, {55e9, 55e9}, {110e9, 110e9}, {110e9, 220e9}, {110e9, 900e9}};
-constexpr double kBandwidth = 8e9;  // bytes/s of a thread between L2 and what lies behind it
-constexpr double kInCache = 30e9;   // bytes/s of Winograd's transforms, through L2
-constexpr double kPrologue = 8e9;   // elements/s of a prologue
-constexpr double kLaunch = 4e-6;    // of one parallel region
+constexpr double kBandwidth = 8e9;     // bytes/s of a thread between L2 and what lies behind it
+constexpr double kSharedCache = 20e9;  // bytes/s of a thread out of L3
+constexpr double kInCache = 30e9;      // bytes/s of Winograd's transforms, through L2
+constexpr double kPrologue = 8e9;      // elements/s of a prologue
+constexpr double kLaunch = 4e-6;       // of one parallel region
 // Of one op of torch, dispatched from Python: 20 us when all of that is in the caches, 50 to 100 after a kernel that
 // filled them. The package's own blocks are recorded, and pay it once for a stage.
 constexpr double kVendorCall = 40e-6;
+constexpr int64_t kKeptWeights = 1 << 20;                          // bytes that stay in L2 beside pixels
 constexpr double kOwnEfficiency = 0.88, kVendorEfficiency = 0.85;  // share of the peak outside memory traffic
 constexpr double kVendorAmx = 0.6;  // basic blocks of 16 to 128 channels take oneDNN 1.5 to 2.4 times as long as ours
 
@@ -107,6 +109,14 @@ Cost block_cost(const Kernels& kernels, const Block& b, int threads) {
   c.bytes = g.in_bytes + g.out_bytes + (b.residual && b.residual != b.x ? g.out_bytes : 0);
   seconds += c.bytes / (b.reread ? kInCache : kBandwidth);
   const int64_t units = p.split_channels ? threads : (b.n + p.images - 1) / p.images * p.bands;
+  int64_t weights =
+      b.has_projection ? pack_shape(kernels, b.projection.shape, b.dtype, b.projection.algorithm).bytes : 0;
+  for (int l = 0; l < b.layer_count; ++l)
+    weights += pack_shape(kernels, b.layers[l].shape, b.dtype, b.layers[l].algorithm).bytes;
+  // Each thread reads all of them, once or, where they do not stay in L2, for each unit, from L3 after the first time;
+  // threads that share channels read a part each.
+  const int64_t passes = p.split_channels ? 1 : weights > kKeptWeights ? units : threads;
+  seconds += static_cast<double>(weights) * (1 / kBandwidth + static_cast<double>(passes - 1) / kSharedCache);
   const double share = padded(units, threads) / std::max<int64_t>(1, units);  // the slowest thread's
   c.seconds = seconds * share / threads + kLaunch * (p.split_channels ? b.layer_count : 1);
   c.workspace_bytes = p.workspace_bytes;
@@ -136,6 +146,7 @@ Cost vendor_cost(const Block& b, int threads) {
     const double waste = bf16 && depth >= 16 ? padded(depth, 32) / static_cast<double>(depth) : 1;
     seconds += waste * flops / (rate(best, bf16) * efficiency);
     bytes += (static_cast<double>(in_pixels) * s.c + static_cast<double>(out_pixels) * s.k) * element;
+    bytes += static_cast<double>(s.k) * static_cast<double>(depth) * s.r * s.s * element;  // the weights
     c.seconds += kVendorCall;
   };
   for (int l = 0; l < b.layer_count; ++l)
