@@ -300,8 +300,9 @@ class Fusion:
         return [(layer.weight(like), *layer.fold()) for layer in self.layers]
 
     def refold(self) -> None:
-        """Forget the kept scales and shifts, and the packed weights."""
+        """Forget the kept scales and shifts, the packed weights and what was recorded with them."""
         self.kept = None
+        self.recordings.clear()
         for layer in self.layers:
             if (weight := layer.forget()) is not None:
                 packing.forget(weight)

@@ -7,7 +7,7 @@ therefore recorded: the blocks as the native library runs them, and everything t
 unchanged, neighbouring blocks of an nn.Sequential are one call.
 
 Whatever wants to see the ops gets them one by one: tracing, torch.compile, dispatch and function modes, transforms of
-torch.func, the profiler, gradients.
+torch.func, the profiler, hooks on all modules, gradients.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import plan
 from .fusion import Fusion, Watched, address, hook_stores, version
@@ -132,6 +133,7 @@ def _plain(x: Tensor) -> bool:
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.autograd._profiler_enabled()
+        and not _has_any_global_hook()
     )
 
 

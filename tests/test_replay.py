@@ -365,6 +365,27 @@ def test_recordings_go_with_the_model(net):
     assert [handle() for handle in handles] == [None] * len(handles)
 
 
+def test_old_recordings_go_with_the_weights_they_were_made_of(fast):
+    with torch.no_grad():
+        fast(X[:1])
+    kept = [r for m in fast.modules() for f in getattr(m, "fusions", list)() for r in f.recordings.values()]
+    handles = [weakref.ref(handle) for r in kept for handle in r.handles]
+    assert len(handles) >= 12  # six pieces, two shapes
+    del kept
+    fast.bfloat16()
+    gc.collect()
+    assert [handle() for handle in handles] == [None] * len(handles)
+
+
+def test_hooks_on_all_modules_see_every_block(fast, replays):
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(module))
+    with handle, torch.no_grad():
+        fast(X)
+    assert replays == []
+    assert set(fast.layer1) | set(fast.layer2) <= set(seen)
+
+
 def test_a_few_shapes_are_kept(fast):
     with torch.no_grad():
         for h in range(3, 14):
