@@ -375,7 +375,7 @@ def roofline(device: Device) -> Figure | None:
             axis.set_major_locator(LogLocator(subs=(1, 3)))
             _plain(axis)
         axes.grid(True)
-        axes.set_xlabel("FLOP per byte that must move (input, weights, output of every block once)")
+        axes.set_xlabel("FLOP per byte (input, weights and output of every block, once)")
         axes.set_ylabel("GFLOP/s")
         axes.set_title(f"{dtype}: filled, models (name, batch); hollow, blocks")
     return figure
