@@ -442,7 +442,7 @@ Tensor cpu_replay(const Tensor& x, Tensors recordings) {
                     "recordings: expected each to take the output of the one before");
   }
   const auto [n, c, h, w] = all.back()->steps.back().out;
-  Tensor out = new_output(x, n, c, h, w);
+  std::optional<Tensor> out;  // taken when it is needed: early, it would lie beside two images between blocks
   const void* input = x.const_data_ptr();
   Pooled owner;  // of the input
   for (const Recording* r : all) {
@@ -453,8 +453,13 @@ Tensor cpu_replay(const Tensor& x, Tensors recordings) {
       cpu::Block b = step.block;
       b.x = source(step.x);
       if (b.residual) b.residual = source(step.residual);
-      if (!last) outputs.push_back(pooled(step.out_bytes()));
-      b.out = last ? out.mutable_data_ptr() : outputs.back().get();
+      if (last) {
+        out = new_output(x, n, c, h, w);
+        b.out = out->mutable_data_ptr();
+      } else {
+        outputs.push_back(pooled(step.out_bytes()));
+        b.out = outputs.back().get();
+      }
       cpu::run_block(cpu::kernels(), b, torch_threads());
     }
     if (r != all.back()) {
@@ -462,7 +467,7 @@ Tensor cpu_replay(const Tensor& x, Tensors recordings) {
       input = owner.get();
     }
   }
-  return out;
+  return *out;
 }
 
 }  // namespace
