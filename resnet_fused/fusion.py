@@ -123,6 +123,11 @@ def hook_stores(module: nn.Module) -> tuple[dict[int, Any], ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
+def is_watched(block: nn.Module) -> bool:
+    """Whether something looks at a block's input or output, or replaces its forward."""
+    return any(hook_stores(block)) or "forward" in block.__dict__
+
+
 @dataclass
 class Watched:
     """What is looked at on every call of a piece of a model, or of neighbouring ones, before it runs fused.

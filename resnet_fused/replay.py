@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import plan
-from .fusion import Fusion, Watched, address, hook_stores, version
+from .fusion import Fusion, Watched, address, hook_stores, is_watched, version
 from .kernels import native
 from .settings import resolve_backend
 
@@ -143,7 +143,7 @@ def _wants_gradients(x: Tensor, tensors: Sequence[Tensor]) -> bool:
 
 def _record(fusions: Sequence[Fusion], blocks: Sequence[nn.Module], x: Tensor) -> Recording | None:
     """The pieces up to the first that other kernels take part in; None if one may not run fused now."""
-    if any(any(hook_stores(block)) or "forward" in block.__dict__ for block in blocks):
+    if any(map(is_watched, blocks)):
         return None
     watched = Watched.all_of([fusion.watched for fusion in fusions])
     if watched.why_unfused(CPU) is not None or _wants_gradients(x, watched.tensors()):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, replay
-from .fusion import BottleneckFusion, Fusion, hook_stores, is_image
+from .fusion import BottleneckFusion, Fusion, is_image, is_watched
 from .mixins import Fused
 from .settings import resolve_backend
 
@@ -87,7 +87,7 @@ def _chain(children: Sequence[Any], x: Tensor) -> list[BottleneckFusion]:
         fusion = child._fused_op
         if not _is_identity(fusion) or not _together(found[0] if found else fusion, fusion, x):
             break
-        if _watched(child) or fusion.why_unfused(x) is not None:
+        if is_watched(child) or fusion.why_unfused(x) is not None:
             break
         found.append(fusion)
     return found
@@ -100,11 +100,6 @@ def _together(first: BottleneckFusion, other: BottleneckFusion, x: Tensor) -> bo
     if backend != "triton" and not (backend == "auto" and x.is_cuda):
         return False
     return settings == other.settings and _width(first) == _width(other)
-
-
-def _watched(block: nn.Module) -> bool:
-    """Whether something looks at a block's input or output, or replaces its forward."""
-    return any(hook_stores(block)) or "forward" in block.__dict__
 
 
 def _run_chain(chain: Sequence[BottleneckFusion], x: Tensor) -> Tensor:
