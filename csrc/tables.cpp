@@ -139,10 +139,18 @@ std::vector<Row> kernel_table() {
   for (int i = 0; i < kIsaCount; ++i) {
     if (!isa_runs(static_cast<Isa>(i))) continue;
     const Kernels& k = kernels_of(static_cast<Isa>(i));
-    add(k, "direct", "float32", 2 * k.sub_max, k.panel, 1);
-    if (k.bf16_sub) add(k, "direct", "bfloat16", 2 * k.bf16_sub, k.panel, 2 * k.bf16_word_multiple);
-    add(k, "winograd2", "float32", 2 * k.sub_max, k.panel, 1);
-    add(k, "winograd4", "float32", 2 * k.sub_max, k.panel, 1);
+    const auto tallest = [](const GemmFn(&gemm)[kMaxSubTile + 1]) {
+      int64_t sub = kMaxSubTile;
+      while (!gemm[sub]) --sub;
+      return sub;
+    };
+    for (const char* kernel : {"direct", "winograd2", "winograd4"}) {
+      add(k, kernel, "float32", 2 * tallest(k.gemm_f32), k.panel, 1);
+      add(k, kernel, "float32", 2 * tallest(k.gemm_f32_narrow), k.narrow, 1);
+    }
+    if (!k.bf16_sub) continue;
+    add(k, "direct", "bfloat16", 2 * k.bf16_sub, k.panel, 2 * k.bf16_word_multiple);
+    add(k, "direct", "bfloat16", 2 * k.bf16_narrow_sub, k.narrow, 2 * k.bf16_narrow_multiple);
   }
   return rows;
 }

@@ -58,6 +58,7 @@ struct alignas(64) PackHeader {
 struct PackShape {
   bool bf16;
   bool flat;  // one tap over the whole window (few channels): rows of A are gathered
+  int panel;  // output channels
   int taps, words, panels;
   int64_t panel_bytes, bytes;  // of one panel; of all, header included
 };

@@ -56,9 +56,10 @@ struct Stage {
   bool in_place;  // 1x1 straight from x, or gathered from it, there through the prologue
   bool gather;    // rows of A are copied together first: from x, or from the taps of a level
   int64_t gather_pitch;
-  bool merged;    // one tap per kernel row: a row of the window is contiguous
+  bool merged;    // one tap per kernel row: a row of the window is contiguous, pixels have no gaps
   int64_t pitch;  // bytes between pixels
   int columns;    // pixels of a row, padding included
+  bool cleared;   // behind the channels that are written, words of A are to be zero
   int capacity;   // rows
   int64_t level_bytes;
 };
@@ -87,7 +88,7 @@ struct Chain {
     const int first_h = b.h / input_step(), first_w = b.w / input_step();
     int h = first_h, w = first_w;
     for (int l = 0; l < count; ++l) {
-      stages[l] = make_stage(b.layers[l], h, w, l == count - 1, l == 0);
+      stages[l] = make_stage(b.layers[l], h, w, l == count - 1, l == 0 ? nullptr : &stages[l - 1]);
       h = stages[l].out_h;
       w = stages[l].out_w;
     }
@@ -95,7 +96,7 @@ struct Chain {
     final_w = w;
     out_h = b.pool.kernel ? b.pool.out(h) : h;
     out_w = b.pool.kernel ? b.pool.out(w) : w;
-    if (b.has_projection) projection = make_stage(b.projection, first_h, first_w, true, true);
+    if (b.has_projection) projection = make_stage(b.projection, first_h, first_w, true, nullptr);
     if (b.average && !stages[0].in_place)
       throw std::invalid_argument("average: the first convolution must be a 1x1 without padding and groups");
   }
@@ -103,7 +104,8 @@ struct Chain {
   // Rows and columns of x that are one row or column of the first stage's input.
   int input_step() const { return block.average ? 2 : 1; }
 
-  Stage make_stage(const Layer& layer, int h, int w, bool last, bool first) const {
+  // `before`: what writes the stage's input; null: x.
+  Stage make_stage(const Layer& layer, int h, int w, bool last, const Stage* before) const {
     const ConvShape& s = layer.shape;
     Stage st{};
     st.layer = &layer;
@@ -118,12 +120,12 @@ struct Chain {
       throw std::invalid_argument("algorithm: Winograd takes stride=1 and dilation=1");
     const int64_t element = st.pack.bf16 ? 2 : 4;
     st.gather_pitch = round_up(int64_t{st.pack.words} * 4, kLine) + kLine;
-    st.in_place = first && s.r == 1 && s.s == 1 && s.pad_h == 0 && s.pad_w == 0 && s.groups == 1;
+    st.in_place = !before && s.r == 1 && s.s == 1 && s.pad_h == 0 && s.pad_w == 0 && s.groups == 1;
     if (st.in_place) {
       const int64_t channels = int64_t{s.c} * element_size(block.dtype);
       // In place needs x's own values and type, whole words, a full sub-tile in x, and rows that do not all fall into
       // the same sets of L1 (4 KiB apart).
-      const int sub = st.pack.bf16 ? kernels.bf16_sub : kernels.sub_max;
+      const int sub = tallest(st.pack);
       st.gather = block.in_scale || st.pack.bf16 != (block.dtype == DType::kBf16) ||
                   int64_t{st.pack.words} * 4 != channels || (int64_t{block.n} * h * w - 1) / s.stride_w + 1 < sub ||
                   x_pixel * s.stride_w % 4096 == 0;
@@ -133,15 +135,27 @@ struct Chain {
     st.columns = w + 2 * s.pad_w;
     if (st.m) st.columns = static_cast<int>(ceil_div(st.out_w, st.m)) * st.m + 2;
     st.gather = st.pack.flat;
-    if (first && s.c < 16 && s.groups == 1 && !st.m) {
-      st.merged = s.dil_w == 1;
-      st.pitch = s.c * element;
-    } else if (first) {
-      st.pitch = round_up(std::max<int64_t>(int64_t{st.pack.words} * 4, s.c * element), kLine) + kLine;
-    } else {
-      st.pitch = round_up(s.c, kernels.panel) * element + kLine;  // written in whole panels
-    }
+    // A level has as many channels as whole panels of the layer before it, or as the copy of x.
+    const int channels = before ? round_up(s.c, before->pack.panel) : s.c;
+    st.merged = !st.m && s.groups == 1 && s.dil_w == 1 && s.c == channels && s.c <= kernels.narrow &&
+                (!st.pack.bf16 || st.pack.flat || st.pack.words * 2 == s.c);
+    st.pitch =
+        st.merged
+            ? s.c * element
+            : round_up(std::max<int64_t>(int64_t{st.pack.flat ? 0 : st.pack.words} * 4, channels * element), kLine) +
+                  kLine;
+    st.cleared = before && !st.pack.flat && channels * element < int64_t{st.pack.words} * 4;
     return st;
+  }
+
+  // Rows of the tallest sub-tile.
+  int tallest(const PackShape& pack) const {
+    const bool narrow = pack.panel == kernels.narrow;
+    if (pack.bf16) return narrow ? kernels.bf16_narrow_sub : kernels.bf16_sub;
+    const auto& gemm = narrow ? kernels.gemm_f32_narrow : kernels.gemm_f32;
+    int sub = kMaxSubTile;
+    while (!gemm[sub]) --sub;
+    return sub;
   }
 
   // Rows of a stage's input that `rows` rows of its output read.
@@ -158,7 +172,8 @@ struct Chain {
     plan.workspace_bytes = 0;
     if (block.pool.kernel) {
       rows = pool_capacity = std::min(final_h, (rows - 1) * block.pool.stride + block.pool.kernel);
-      pool_pitch = round_up(stages[count - 1].layer->shape.k, kernels.panel) * int64_t{4};
+      const Stage& last = stages[count - 1];
+      pool_pitch = round_up(last.layer->shape.k, last.pack.panel) * int64_t{4};
       plan.workspace_bytes += pool_bytes();
     }
     for (int l = count - 1; l >= 0; --l) {
@@ -183,7 +198,7 @@ struct Chain {
   int64_t winograd_tiles(const Stage& st, int rows) const {
     return int64_t{plan.images} * ceil_div(rows, st.m) * ceil_div(st.out_w, st.m);
   }
-  int64_t winograd_pitch(const Stage& st) const { return round_up(st.layer->shape.c, kernels.panel) + 16; }
+  int64_t winograd_pitch(const Stage& st) const { return round_up(st.layer->shape.c, kernels.narrow) + 16; }
   // Small: all frequencies of one panel (or of a wide tile's two) at a time. Large: all panels of one frequency at a
   // time, whose transformed tiles stay in L2.
   bool winograd_by_panel(const Stage& st, int64_t padded_tiles) const {
@@ -193,7 +208,7 @@ struct Chain {
     if (!st.m) return 0;
     const int64_t tiles = winograd_tiles(st, rows) + kMaxTileRows;
     const int kept = winograd_by_panel(st, tiles) ? 2 : st.pack.panels;
-    return st.pack.taps * tiles * (winograd_pitch(st) + kept * kernels.panel) * 4;
+    return st.pack.taps * tiles * (winograd_pitch(st) + kept * st.pack.panel) * 4;
   }
   // Tiles gathered at once: the weights pass by once for each such group.
   static int64_t group_tiles(const Stage& st, int sub) {
@@ -234,7 +249,6 @@ class Unit {
 
   // Everything, in the calling thread.
   void run() {
-    kernels_.begin();
     clear_columns();
     for (int y = begin_; y < end_; y += chain_.plan.rows) {
       begin_step(y, std::min(end_, y + chain_.plan.rows), y == begin_);
@@ -250,7 +264,6 @@ class Unit {
       if (block_.pool.kernel) pool_rows(y, std::min(end_, y + chain_.plan.rows));
       end_step();
     }
-    kernels_.end();
   }
 
   // Everything in one step, the threads sharing out the channels of each layer, or its rows where that is less work.
@@ -265,11 +278,8 @@ class Unit {
       }
       const int from = have_[l + 1], to = hi_[l + 1], all = panels(chain_.stages[l]);
       const bool by_rows = splits_rows(chain_.stages[l], to - from, parallel.threads);
-      fork(parallel, by_rows ? to - from : all, [=](int a, int b) {
-        kernels_.begin();
-        by_rows ? layer(l, 0, all, from + a, from + b) : layer(l, a, b, from, to);
-        kernels_.end();
-      });
+      fork(parallel, by_rows ? to - from : all,
+           [=](int a, int b) { by_rows ? layer(l, 0, all, from + a, from + b) : layer(l, a, b, from, to); });
     }
     if (block_.pool.kernel) pool_rows(begin_, end_);
   }
@@ -303,7 +313,7 @@ class Unit {
 
   int panels(const Stage& st) const { return st.pack.panels * st.layer->shape.groups; }
   int channel_blocks(int l) const {
-    return static_cast<int>(ceil_div(chain_.stages[l].layer->shape.c, kernels_.panel));
+    return static_cast<int>(ceil_div(chain_.stages[l].layer->shape.c, kernels_.narrow));
   }
 
   // Threads share a layer's rows where it has fewer panels than threads, or where each would otherwise gather all of A
@@ -318,7 +328,7 @@ class Unit {
   void pad_vectors() {
     const int in_channels = block_.layers[0].shape.c, in_padded = round_up(in_channels, kernels_.panel);
     int64_t total = block_.in_scale ? 2 * in_padded : 0;
-    auto size = [&](const Stage& st) { return int64_t{panels(st)} * kernels_.panel; };
+    auto size = [&](const Stage& st) { return int64_t{panels(st)} * st.pack.panel; };
     for (int l = 0; l < chain_.count; ++l) total += 2 * size(chain_.stages[l]);
     if (block_.has_projection) total += 2 * size(chain_.projection);
     auto* p = static_cast<float*>(workspace(Slot::kVectors, static_cast<size_t>(total) * 4));
@@ -332,7 +342,7 @@ class Unit {
     };
     auto add = [&](int l, const Stage& st) {
       const ConvShape& s = st.layer->shape;
-      const int k = s.k / s.groups, padded = st.pack.panels * kernels_.panel;
+      const int k = s.k / s.groups, padded = st.pack.panels * st.pack.panel;
       vectors_[l].scale = pad(st.layer->scale, 1, s.groups, k, padded);
       vectors_[l].shift = pad(st.layer->shift, 0, s.groups, k, padded);
     };
@@ -349,6 +359,7 @@ class Unit {
     for (int l = 0; l < chain_.count; ++l) {
       const Stage& st = chain_.stages[l];
       if (st.in_place) continue;
+      if (st.cleared) std::memset(level_[l], 0, static_cast<size_t>(st.level_bytes));
       const int left = st.layer->shape.pad_w, right = st.columns - left - st.in_w;
       for (int64_t row = 0; row < int64_t{images_} * st.capacity; ++row) {
         char* p = level_[l] + row * st.columns * st.pitch;
@@ -502,7 +513,7 @@ class Unit {
     // every block of ResNet-50, at batch 1 and 16.
     const int64_t group = st.layer->shape.k / st.layer->shape.groups * element;  // where the next one starts
     const bool stream = !block_.reread && pitch % kLine == 0 && group % kLine == 0 &&
-                        kernels_.panel * element % kLine == 0 && reinterpret_cast<uintptr_t>(block_.out) % kLine == 0;
+                        st.pack.panel * element % kLine == 0 && reinterpret_cast<uintptr_t>(block_.out) % kLine == 0;
     return {out_, pitch, block_.dtype == DType::kBf16, stream, st.out_w, int64_t{st.out_h} * st.out_w, 0, 0, false};
   }
 
@@ -512,19 +523,24 @@ class Unit {
     const int w = st.out_w, rows = to - from;
     tiles.clear();
     // Pixels x + i, i in [first, sub), of output row y, running over into the next rows every `wrap` pixels.
+    const int step_x = s.stride_w * chain_.input_step(), step_y = s.stride_h * chain_.input_step();
     auto emit = [&](ptrdiff_t a, int y_in, int image, int y, int x, int first, int wrap) {
       SubTile& t = tiles.emplace_back();
       t.a = a;
       t.y = y_in;
+      int yy = y + std::max(0, x) / wrap, xx = std::max(0, x) % wrap;
+      int64_t dst = out.image * image + int64_t{yy - out.origin_row} * out.columns + out.origin;
+      int64_t src = (int64_t{image} * block_.h + int64_t{yy} * step_y) * block_.w;
       for (int i = 0; i < sub; ++i) {
-        const int p = std::max(0, x + i), yy = y + p / wrap, xx = p % wrap;
         const bool used = i >= first && yy < to && xx < w;
-        t.dst[i] =
-            used
-                ? static_cast<int32_t>(out.image * image + int64_t{yy - out.origin_row} * out.columns + out.origin + xx)
-                : -1;
-        const int64_t row = int64_t{image} * block_.h + int64_t{yy} * s.stride_h * chain_.input_step();
-        t.src[i] = used ? static_cast<int32_t>(row * block_.w + int64_t{xx} * s.stride_w * chain_.input_step()) : 0;
+        t.dst[i] = used ? static_cast<int32_t>(dst + xx) : -1;
+        t.src[i] = used ? static_cast<int32_t>(src + int64_t{xx} * step_x) : 0;
+        if (x + i >= 0 && ++xx == wrap) {
+          xx = 0;
+          ++yy;
+          dst += out.columns;
+          src += int64_t{step_y} * block_.w;
+        }
       }
     };
     if (st.in_place) {
@@ -576,15 +592,21 @@ class Unit {
   // `rows_computed`: rows that sub-tiles of a given height compute, in pairs.
   template <class F>
   Tile choose_tile(const Stage& st, int panel_count, F rows_computed) const {
-    if (st.pack.bf16) return {kernels_.bf16_sub, 1, kernels_.gemm_bf16};
-    Tile best{kernels_.sub_max, 1, kernels_.gemm_f32[kernels_.sub_max]};
-    double least = static_cast<double>(rows_computed(best.sub));
-    for (int sub = kernels_.sub_max - 1; sub >= kernels_.sub_min; --sub)
-      if (const auto rows = static_cast<double>(rows_computed(sub)); rows < least) {
-        least = rows;
-        best = {sub, 1, kernels_.gemm_f32[sub]};
-      }
-    if (kernels_.wide_sub && panel_count % 2 == 0 && st.layer->shape.groups == 1 &&
+    const bool narrow = st.pack.panel == kernels_.narrow;
+    if (st.pack.bf16)
+      return narrow ? Tile{kernels_.bf16_narrow_sub, 1, kernels_.gemm_bf16_narrow}
+                    : Tile{kernels_.bf16_sub, 1, kernels_.gemm_bf16};
+    const auto& gemm = narrow ? kernels_.gemm_f32_narrow : kernels_.gemm_f32;
+    Tile best{};
+    double least = 0;
+    for (int sub = kMaxSubTile; sub > 0; --sub) {
+      if (!gemm[sub]) continue;
+      const auto rows = static_cast<double>(rows_computed(sub));
+      if (best.sub && rows >= least) continue;
+      least = rows;
+      best = {sub, 1, gemm[sub]};
+    }
+    if (kernels_.wide_sub && !narrow && panel_count % 2 == 0 && st.layer->shape.groups == 1 &&
         static_cast<double>(rows_computed(kernels_.wide_sub)) * wide_tile_cost() < least)
       best = {kernels_.wide_sub, 2, kernels_.gemm_f32_wide};
     return best;
@@ -656,20 +678,20 @@ class Unit {
 
   EpilogueArgs epilogue_args(int l, const Stage& st, const Output& out, const Shortcut& shortcut, int panel) const {
     const ConvShape& s = st.layer->shape;
-    const int k = s.k / s.groups, group = panel / st.pack.panels, column = panel % st.pack.panels * kernels_.panel;
+    const int k = s.k / s.groups, group = panel / st.pack.panels, column = panel % st.pack.panels * st.pack.panel;
     const int64_t offset = (int64_t{group} * k + column) * (out.bf16 ? 2 : 4);
     EpilogueArgs e{};
-    e.columns = out.scratch ? kernels_.panel : std::min(kernels_.panel, k - column);
-    e.scale = vectors_[l].scale + panel * kernels_.panel;
-    e.shift = vectors_[l].shift + panel * kernels_.panel;
+    e.panel = st.pack.panel;
+    e.columns = out.scratch ? e.panel : std::min(e.panel, k - column);
+    e.scale = vectors_[l].scale + panel * e.panel;
+    e.shift = vectors_[l].shift + panel * e.panel;
     e.relu = st.layer->relu;
     e.out = out.base + offset;
     e.out_pitch = out.pitch;
-    e.bf16_out = out.bf16;
-    e.stream = out.stream && e.columns == kernels_.panel;
+    e.bf16 = out.bf16;
+    e.stream = out.stream && e.columns == e.panel;
     e.residual = shortcut.base ? shortcut.base + offset : nullptr;
     e.residual_pitch = shortcut.pitch;
-    e.bf16_residual = out.bf16;
     return e;
   }
 
@@ -680,7 +702,8 @@ class Unit {
     static thread_local std::vector<Tap> taps, some;
     const ConvShape& s = st.layer->shape;
     const Tile tile = choose_direct_tile(st, to - from, panel_end - panel_begin);
-    const int sub = tile.sub, panel = kernels_.panel;
+    const int sub = tile.sub, panel = st.pack.panel;
+    if (st.pack.bf16) kernels_.begin(panel == kernels_.narrow);
     const int64_t lda = cut(l, st, out, from, to, sub, tiles);
     if (tiles.size() % 2) {
       tiles.push_back(tiles.back());
@@ -690,11 +713,14 @@ class Unit {
     // Taps: pixels of the window; where those of a kernel row are contiguous, rows; where they are gathered, one.
     const int rows = st.pack.flat ? 1 : s.r, per_row = st.merged || st.pack.flat ? 1 : s.s;
     const int words = st.merged && !st.pack.flat ? st.pack.words * s.s : st.pack.words;
+    const int segment = block_.average ? kFineSegment : kSegment, per_chain = static_cast<int>(ceil_div(segment, words));
     taps.clear();
     for (int r = 0; r < rows; ++r)
-      for (int x = 0; x < per_row; ++x)
+      for (int x = 0; x < per_row; ++x) {
+        const int i = r * per_row + x;
         taps.push_back({(int64_t{r} * s.dil_h * st.columns + int64_t{x} * s.dil_w) * st.pitch,
-                        (int64_t{r} * per_row + x) * words * panel * 4});
+                        int64_t{i} * words * panel * 4, i / per_chain});
+      }
     const int splits = st.pack.panel_bytes > kPanelLimit ? rows : 1;  // of the taps, by kernel row
     const int split_taps = static_cast<int>(taps.size()) / splits;
 
@@ -743,7 +769,7 @@ class Unit {
         const int64_t group_offset = int64_t{n / st.pack.panels} * (s.c / s.groups) * 4;  // groups are float32
         GemmArgs args{};
         args.lda = st.gather ? st.gather_pitch : lda;
-        args.segment = block_.average ? kFineSegment : kSegment;
+        args.segment = segment;
         args.words = words;
         args.b = weights(st) + n * st.pack.panel_bytes;
         args.b2 = args.b + st.pack.panel_bytes;
@@ -785,6 +811,7 @@ class Unit {
       }
     }
     finish();
+    if (st.pack.bf16) kernels_.end();
   }
 
   // Lines of x to prefetch per tap, if this layer is the one that does, and how many taps it has to do it in.
@@ -838,12 +865,12 @@ class Unit {
     const int from = have_[l + 1], to = hi_[l + 1];
     if (from >= to) return;
     const Grid g = grid(st, to - from);
-    const int channel = block_begin * kernels_.panel;
+    const int channel = block_begin * kernels_.narrow;
     WinogradIn w{};
     w.row = st.columns * st.pitch / 4;
     w.pixel = st.pitch / 4;
     w.frequency = g.frequency;
-    w.channels = (block_end - block_begin) * kernels_.panel;
+    w.channels = (block_end - block_begin) * kernels_.narrow;
     int64_t t = 0;
     for (int image = 0; image < images_; ++image)
       for (int y = 0; y < g.high; ++y)
@@ -859,10 +886,10 @@ class Unit {
                          int panel_end) {
     const Stage& st = chain_.stages[l];
     const Grid g = grid(st, to - from);
-    const int panel = kernels_.panel, frequencies = st.pack.taps, pixels = st.m * st.m;
+    const int panel = st.pack.panel, frequencies = st.pack.taps, pixels = st.m * st.m;
     const Tile tile =
         choose_tile(st, panel_end - panel_begin, [&](int sub) { return round_up<int64_t>(g.tiles, 2 * sub); });
-    const Tap tap{0, 0};
+    const Tap tap{0, 0, 0};
     const bool by_panel = chain_.winograd_by_panel(st, g.padded);
     const int kept = by_panel ? tile.panels : panel_end - panel_begin;  // panels of products
     const int64_t product = g.padded * panel;                           // floats of one frequency of one panel
@@ -903,7 +930,7 @@ class Unit {
       e.rows = pixels;
       e.dst = dst;
       e.c = c;
-      WinogradOut w{p, product, c};
+      WinogradOut w{p, product, c, panel};
       for (int image = 0; image < images_; ++image)
         for (int y = 0; y < g.high; ++y)
           for (int x = 0; x < g.wide; ++x, w.src += panel) {

@@ -64,7 +64,7 @@ Geometry geometry(const Block& b) {
 double layer_seconds(const Kernels& kernels, DType dtype, const Layer& layer, int64_t n, int out_h, int out_w) {
   const ConvShape& s = layer.shape;
   const PackShape pack = pack_shape(kernels, s, dtype, layer.algorithm);
-  const double columns = static_cast<double>(s.groups) * pack.panels * kernels.panel;
+  const double columns = static_cast<double>(s.groups) * pack.panels * pack.panel;
   const int m = winograd_m(layer.algorithm);
   if (m) {
     const double tiles = static_cast<double>(n) * padded(out_h, m) / m * (padded(out_w, m) / m);

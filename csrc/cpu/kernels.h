@@ -19,12 +19,15 @@ constexpr int kMaxPanel = 32;    // widest panel of output channels of any instr
 constexpr int kMaxSubTile = 16;  // tallest half of a register tile of any instruction set
 constexpr int kMaxTileRows = 2 * kMaxSubTile;
 
-// One tap of the convolution window: byte offsets of its operands from the tile's and the panel's start.
+// One tap of the convolution window: byte offsets of its operands from the tile's and the panel's start, and the chain
+// that it is added up in. The same one whether or not taps before it are left out, so that all tiles round alike.
 struct Tap {
   ptrdiff_t a, b;
+  int chain;
 };
 
-// c[2 * rows][panel] (+)= sum over taps and k of a[row][tap.a + k] * b[tap.b + k][panel].
+// c[2 * rows][panel] (+)= sum over taps and k of a[row][tap.a + k] * b[tap.b + k][panel]. A panel is two vectors wide,
+// or one: layers of few output channels would waste the second.
 // A row of A is `words` consecutive 32-bit words: one float32, or two bfloat16. Rows come in two sub-tiles, each with
 // a start of its own and one common distance between rows: two rows of a 7-pixel-wide image make one 14-row tile.
 struct GemmArgs {
@@ -38,7 +41,7 @@ struct GemmArgs {
   const char* b2;  // the next panel and its results: wide tiles only
   float* c2;
   bool accumulate;
-  int segment;           // words of a sum that are added up in one chain; the chains are added in memory (float32 only)
+  int segment;           // words of a tap that are added up in one chain; the chains are added in memory (float32 only)
   const char* prefetch;  // into L2 meanwhile: prefetch_lines cache lines in front of every tap
   int prefetch_lines;
 };
@@ -47,6 +50,7 @@ using GemmFn = void (*)(const GemmArgs&);
 // out[dst[i]] = relu?(c[i] * scale + shift + residual[i]), for every row i with dst[i] >= 0.
 struct EpilogueArgs {
   const float* c;  // [rows][panel]
+  int panel;
   int rows;
   int columns;         // valid ones of the panel; scratch outputs take the whole panel
   const float* scale;  // [panel], padded with zeros
@@ -56,7 +60,7 @@ struct EpilogueArgs {
   char* out;
   ptrdiff_t out_pitch;  // bytes between pixels
   const int32_t* dst;   // pixel index of each row; negative: dropped
-  bool bf16_residual, bf16_out;
+  bool bf16;            // residual and out
   bool relu;
   bool stream;  // non-temporal stores: out is 64-byte aligned and takes whole cache lines
 };
@@ -84,26 +88,31 @@ struct WinogradIn {
   ptrdiff_t row, pixel;  // in floats
   float* dst;            // [frequency][...][channel]
   ptrdiff_t frequency;   // in floats
-  int channels;          // a multiple of the panel
+  int channels;          // a multiple of a vector
 };
 struct WinogradOut {
   const float* src;     // [frequency][...][panel]
   ptrdiff_t frequency;  // in floats
   float* c;             // [m * m][panel]
+  int panel;
 };
 
 struct Kernels {
   Isa isa;
   const char* name;
-  int panel;                         // output channels of a tile
-  int sub_min, sub_max;              // heights of a sub-tile for float32
-  GemmFn gemm_f32[kMaxSubTile + 1];  // by height of the sub-tile, sub_min..sub_max
-  int wide_sub;                      // height of a sub-tile of the wide tile, two panels at once; 0: none
+  int panel;   // output channels of a tile: two vectors
+  int narrow;  // ... of a narrow one: one vector
+  // By height of the sub-tile; null where there is none of that height.
+  GemmFn gemm_f32[kMaxSubTile + 1];
+  GemmFn gemm_f32_narrow[kMaxSubTile + 1];
+  int wide_sub;  // height of a sub-tile of the wide tile, two panels at once; 0: none
   GemmFn gemm_f32_wide;
-  int bf16_sub;            // height of a sub-tile for bfloat16; 0: no such instruction, compute in float32
-  int bf16_word_multiple;  // words per tap are padded to a multiple of this
-  GemmFn gemm_bf16;
-  void (*begin)();  // per thread, before and after a run of gemm_bf16 calls (AMX tile configuration)
+  int bf16_sub, bf16_narrow_sub;  // heights of a sub-tile for bfloat16; 0: no such instruction, compute in float32
+  int bf16_word_multiple;         // words per tap are padded to a multiple of this ...
+  int bf16_narrow_multiple;       // ... and for narrow panels
+  GemmFn gemm_bf16, gemm_bf16_narrow;
+  // Per thread, around runs of gemm_bf16 or of gemm_bf16_narrow (AMX tile configuration).
+  void (*begin)(bool is_narrow);
   void (*end)();
   void (*epilogue)(const EpilogueArgs&);
   void (*prologue)(const PrologueArgs&);

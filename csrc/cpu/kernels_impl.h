@@ -9,13 +9,14 @@ using namespace resnet_fused::cpu;
 
 // ---- register tile ---------------------------------------------------------------------------------------------
 // AVX-512: up to 14 rows x 2 vectors of 16 (28 of 32 registers), or 6 x 4; AVX2: 6 x 2 x 8 (12 of 16); portable: 4 x 2
-// x 4. 14 x 2 wastes less at the edges, 6 x 4 takes fewer loads: 10 for 24 products instead of 16 for 28.
+// x 4. 14 x 2 wastes less at the edges, 6 x 4 takes fewer loads: 10 for 24 products instead of 16 for 28. Narrow: one
+// vector and as many registers.
 #if defined(__AVX512F__)
-constexpr int kSubMin = 4, kSubMax = 7, kWideSub = 3;
+constexpr int kSubMax = 7, kWideSub = 3, kNarrowSub = 14;
 #elif defined(__AVX2__)
-constexpr int kSubMin = 3, kSubMax = 3;
+constexpr int kSubMax = 3, kNarrowSub = 6;
 #else
-constexpr int kSubMin = 2, kSubMax = 2;
+constexpr int kSubMax = 2, kNarrowSub = 4;
 #endif
 constexpr int kPanel = 2 * kLanes;
 
@@ -45,24 +46,33 @@ RF_INLINE Vec broadcast(const char* p) {
 #endif
 }
 
-// `Unroll` steps of k for `Panels` panels. Rows are addressed as three per base pointer (base, base + lda, base + 2 *
-// lda), which x86 encodes: 14 rows need 6 pointers and one stride, and fit the 16 general registers.
-template <class Product, int Sub, int Panels, int Unroll>
-RF_INLINE void gemm_steps(Vec (&c)[2 * Sub][2 * Panels], const char* const (&base)[2][(Sub + 2) / 3], ptrdiff_t lda,
-                          ptrdiff_t k, const float* const (&b)[Panels]) {
+// `Unroll` steps of k for `Vectors` vectors of output channels: one panel, or two where there are four. Rows are
+// addressed as three per base pointer (base, base + lda, base + 2 * lda), which x86 encodes: 14 rows need 6 pointers
+// and one stride, and fit the 16 general registers.
+template <int Vectors>
+constexpr int panels_of() {
+  return Vectors > 2 ? 2 : 1;
+}
+template <int Vectors>
+constexpr int columns_of() {  // of a panel
+  return Vectors == 1 ? kLanes : kPanel;
+}
+template <class Product, int Sub, int Vectors, int Unroll>
+RF_INLINE void gemm_steps(Vec (&c)[2 * Sub][Vectors], const char* const (&base)[2][(Sub + 2) / 3], ptrdiff_t lda,
+                          ptrdiff_t k, const float* const (&b)[panels_of<Vectors>()]) {
 #pragma GCC unroll 8
   for (int u = 0; u < Unroll; ++u) {
-    Vec columns[2 * Panels];
+    Vec columns[Vectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < 2 * Panels; ++j) columns[j] = load(b[j / 2] + u * kPanel + j % 2 * kLanes);
+    for (int j = 0; j < Vectors; ++j) columns[j] = load(b[j / 2] + u * columns_of<Vectors>() + j % 2 * kLanes);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < Sub; ++i) {
         const Vec a = broadcast(base[half][i / 3] + k + (i % 3) * lda + u * 4);
-        Vec(&row)[2 * Panels] = c[half * Sub + i];
+        Vec(&row)[Vectors] = c[half * Sub + i];
 #pragma GCC unroll 4
-        for (int j = 0; j < 2 * Panels; ++j) row[j] = Product::apply(a, columns[j], row[j]);
+        for (int j = 0; j < Vectors; ++j) row[j] = Product::apply(a, columns[j], row[j]);
       }
     }
   }
@@ -73,71 +83,70 @@ RF_INLINE void prefetch_for_tap(const GemmArgs& args, int tap) {
   for (int i = 0; i < args.prefetch_lines; ++i) __builtin_prefetch(p + i * 64, 0, 2);
 }
 
-template <class Product, int Sub, int Panels>
+template <class Product, int Sub, int Vectors>
 void gemm(const GemmArgs& args) {
-  constexpr int kUnroll = 4;
+  constexpr int kUnroll = 4, kPanels = panels_of<Vectors>(), kColumns = columns_of<Vectors>();
   float* const out[2] = {args.c, args.c2};
-  Vec c[2 * Sub][2 * Panels];
+  Vec c[2 * Sub][Vectors];
   auto clear = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 16
+#pragma GCC unroll 28
     for (int i = 0; i < 2 * Sub; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 2 * Panels; ++j) c[i][j] = Vec{};
+      for (int j = 0; j < Vectors; ++j) c[i][j] = Vec{};
     }
   };
   bool partial = args.accumulate;  // whether there is something in memory to add to
   auto flush = [&]() __attribute__((always_inline)) {
     if (partial) {
-#pragma GCC unroll 16
+#pragma GCC unroll 28
       for (int i = 0; i < 2 * Sub; ++i) {
 #pragma GCC unroll 4
-        for (int j = 0; j < 2 * Panels; ++j) c[i][j] += load(out[j / 2] + i * kPanel + j % 2 * kLanes);
+        for (int j = 0; j < Vectors; ++j) c[i][j] += load(out[j / 2] + i * kColumns + j % 2 * kLanes);
       }
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 28
     for (int i = 0; i < 2 * Sub; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 2 * Panels; ++j) store(out[j / 2] + i * kPanel + j % 2 * kLanes, c[i][j]);
+      for (int j = 0; j < Vectors; ++j) store(out[j / 2] + i * kColumns + j % 2 * kLanes, c[i][j]);
     }
     partial = true;
   };
   clear();
   const ptrdiff_t lda = args.lda;
-  int used = 0;
+  int chain = args.tap_count ? args.taps[0].chain : 0;
   for (int t = 0; t < args.tap_count; ++t) {
     prefetch_for_tap(args, t);
     const char* base[2][(Sub + 2) / 3];
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 3
+#pragma GCC unroll 5
       for (int j = 0; j < (Sub + 2) / 3; ++j) base[half][j] = args.a[half] + args.taps[t].a + 3 * j * lda;
     }
-    const float* b[Panels];
+    const float* b[kPanels];
     b[0] = reinterpret_cast<const float*>(args.b + args.taps[t].b);
-    if (Panels > 1) b[Panels - 1] = reinterpret_cast<const float*>(args.b2 + args.taps[t].b);
+    if (kPanels > 1) b[kPanels - 1] = reinterpret_cast<const float*>(args.b2 + args.taps[t].b);
     for (int k0 = 0; k0 < args.words; k0 += args.segment) {
-      if (used >= args.segment) {
+      if (k0 > 0 || args.taps[t].chain != chain) {
         flush();
         clear();
-        used = 0;
+        chain = args.taps[t].chain;
       }
       int left = args.words - k0 < args.segment ? args.words - k0 : args.segment;
-      used += left;
       for (; left >= kUnroll; left -= kUnroll) {
-        gemm_steps<Product, Sub, Panels, kUnroll>(c, base, lda, 0, b);
+        gemm_steps<Product, Sub, Vectors, kUnroll>(c, base, lda, 0, b);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 3
+#pragma GCC unroll 5
           for (int j = 0; j < (Sub + 2) / 3; ++j) base[half][j] += kUnroll * 4;
         }
 #pragma GCC unroll 2
-        for (int p = 0; p < Panels; ++p) b[p] += kUnroll * kPanel;
+        for (int p = 0; p < kPanels; ++p) b[p] += kUnroll * kColumns;
       }
 #pragma GCC unroll 1
       for (ptrdiff_t k = 0; k < left; ++k) {
-        gemm_steps<Product, Sub, Panels, 1>(c, base, lda, 4 * k, b);
+        gemm_steps<Product, Sub, Vectors, 1>(c, base, lda, 4 * k, b);
 #pragma GCC unroll 2
-        for (int p = 0; p < Panels; ++p) b[p] += kPanel;
+        for (int p = 0; p < kPanels; ++p) b[p] += kColumns;
       }
     }
   }
@@ -146,16 +155,20 @@ void gemm(const GemmArgs& args) {
 
 // ---- AMX tile --------------------------------------------------------------------------------------------------
 #if defined(__AMX_BF16__)
-// Two sub-tiles of 16 rows by two blocks of 16 columns: four accumulators, two tiles of A, two of B.
-// A constant in memory: GCC 12's _tile_loadconfig tells the compiler of 8 of the 64 bytes that it reads, and the stores
+// Two sub-tiles of 16 rows by two blocks of 16 columns: four accumulators, two tiles of A, two of B. A narrow panel is
+// one block of columns; in the place of the other are tiles of half a step, 16 channels.
+// Constants in memory: GCC 12's _tile_loadconfig tells the compiler of 8 of the 64 bytes that it reads, and the stores
 // into a local one would be dropped.
 struct alignas(64) AmxConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-const AmxConfig kAmxConfig;
-void amx_begin() { _tile_loadconfig(&kAmxConfig); }
+const AmxConfig kAmxConfig, kAmxNarrowConfig{
+                                .row_bytes = {64, 64, 32, 32, 64, 64, 64, 64},
+                                .rows = {16, 16, 16, 16, 16, 16, 16, 8},
+                            };
+void amx_begin(bool is_narrow) { _tile_loadconfig(is_narrow ? &kAmxNarrowConfig : &kAmxConfig); }
 void amx_end() { _tile_release(); }
 
 template <int Count>
@@ -210,92 +223,52 @@ void gemm_amx(const GemmArgs& args) {
   _tile_stored(2, args.c + 16 * kPanel, kRowBytes);
   _tile_stored(3, args.c + 16 * kPanel + 16, kRowBytes);
 }
+
+// Steps of 16 words, and a last one of 8 where that is what is left.
+void gemm_amx_narrow(const GemmArgs& args) {
+  constexpr int kRowBytes = kLanes * 4, kStepBytes = 16 * kRowBytes;
+  if (args.accumulate) {
+    _tile_loadd(0, args.c, kRowBytes);
+    _tile_loadd(1, args.c + 16 * kLanes, kRowBytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+  }
+  for (int t = 0; t < args.tap_count; ++t) {
+    prefetch_for_tap(args, t);
+    const char* a0 = args.a[0] + args.taps[t].a;
+    const char* a1 = args.a[1] + args.taps[t].a;
+    const char* b = args.b + args.taps[t].b;
+    int k = args.words;
+    for (; k >= 16; k -= 16) {
+      _tile_loadd(6, b, kRowBytes);
+      _tile_loadd(4, a0, args.lda);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, a1, args.lda);
+      _tile_dpbf16ps(1, 5, 6);
+      a0 += 64;
+      a1 += 64;
+      b += kStepBytes;
+    }
+    if (k) {
+      _tile_loadd(7, b, kRowBytes);
+      _tile_loadd(2, a0, args.lda);
+      _tile_dpbf16ps(0, 2, 7);
+      _tile_loadd(3, a1, args.lda);
+      _tile_dpbf16ps(1, 3, 7);
+    }
+  }
+  _tile_stored(0, args.c, kRowBytes);
+  _tile_stored(1, args.c + 16 * kLanes, kRowBytes);
+}
 #endif
 
-// ---- epilogue --------------------------------------------------------------------------------------------------
-template <bool kBf16Residual, bool kBf16Out>
-void epilogue_full(const EpilogueArgs& e) {
-  const Vec scale0 = load(e.scale), scale1 = load(e.scale + kLanes);
-  const Vec shift0 = load(e.shift), shift1 = load(e.shift + kLanes);
-  for (int i = 0; i < e.rows; ++i) {
-    const ptrdiff_t pixel = e.dst[i];
-    if (pixel < 0) continue;
-    Vec v0 = fma(load(e.c + i * kPanel), scale0, shift0);
-    Vec v1 = fma(load(e.c + i * kPanel + kLanes), scale1, shift1);
-    if (e.residual) {
-      const char* r = e.residual + pixel * e.residual_pitch;
-      if (kBf16Residual) {
-        v0 += load_bf16(reinterpret_cast<const uint16_t*>(r));
-        v1 += load_bf16(reinterpret_cast<const uint16_t*>(r) + kLanes);
-      } else {
-        v0 += load(reinterpret_cast<const float*>(r));
-        v1 += load(reinterpret_cast<const float*>(r) + kLanes);
-      }
-    }
-    if (e.relu) {
-      v0 = relu(v0);
-      v1 = relu(v1);
-    }
-    char* o = e.out + pixel * e.out_pitch;
-    if (kBf16Out) {
-      if (e.stream) {
-        stream_bf16_pair(reinterpret_cast<uint16_t*>(o), v0, v1);
-      } else {
-        store_bf16(reinterpret_cast<uint16_t*>(o), v0);
-        store_bf16(reinterpret_cast<uint16_t*>(o) + kLanes, v1);
-      }
-    } else if (e.stream) {
-      stream(reinterpret_cast<float*>(o), v0);
-      stream(reinterpret_cast<float*>(o) + kLanes, v1);
-    } else {
-      store(reinterpret_cast<float*>(o), v0);
-      store(reinterpret_cast<float*>(o) + kLanes, v1);
-    }
-  }
-}
+template <bool kValue>
+struct Whole {
+  static constexpr bool value = kValue;
+};
 
-// The last panel of a tensor whose channels do not fill it: through a row on the stack, element by element.
-void epilogue_tail(const EpilogueArgs& e) {
-  for (int i = 0; i < e.rows; ++i) {
-    const ptrdiff_t pixel = e.dst[i];
-    if (pixel < 0) continue;
-    const char* r = e.residual ? e.residual + pixel * e.residual_pitch : nullptr;
-    float row[kPanel] = {};
-    for (int j = 0; j < e.columns; ++j) {
-      if (r && e.bf16_residual) {
-        uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(r)[j]) << 16;
-        std::memcpy(&row[j], &bits, 4);
-      } else if (r) {
-        row[j] = reinterpret_cast<const float*>(r)[j];
-      }
-    }
-    uint16_t half[kPanel];
-    for (int v = 0; v < kPanel; v += kLanes) {
-      Vec x = fma(load(e.c + i * kPanel + v), load(e.scale + v), load(e.shift + v)) + load(row + v);
-      if (e.relu) x = relu(x);
-      store(row + v, x);
-      store_bf16(half + v, x);
-    }
-    char* o = e.out + pixel * e.out_pitch;
-    if (e.bf16_out) {
-      for (int j = 0; j < e.columns; ++j) reinterpret_cast<uint16_t*>(o)[j] = half[j];
-    } else {
-      for (int j = 0; j < e.columns; ++j) reinterpret_cast<float*>(o)[j] = row[j];
-    }
-  }
-}
-
-void epilogue(const EpilogueArgs& e) {
-  if (e.columns < kPanel) {
-    epilogue_tail(e);
-  } else if (e.bf16_residual) {
-    e.bf16_out ? epilogue_full<true, true>(e) : epilogue_full<true, false>(e);
-  } else {
-    e.bf16_out ? epilogue_full<false, true>(e) : epilogue_full<false, false>(e);
-  }
-}
-
-// ---- prologue --------------------------------------------------------------------------------------------------
+// ---- vectors in memory -----------------------------------------------------------------------------------------
 // `count` elements as float32, zeros behind them; whole vectors where kWhole.
 template <bool kBf16, bool kWhole>
 RF_INLINE Vec load_part(const char* p, int count) {
@@ -304,7 +277,85 @@ RF_INLINE Vec load_part(const char* p, int count) {
   if (!kWhole) p = static_cast<const char*>(std::memcpy(part, p, static_cast<size_t>(count) * kElement));
   return kBf16 ? load_bf16(reinterpret_cast<const uint16_t*>(p)) : load(reinterpret_cast<const float*>(p));
 }
+template <bool kBf16, bool kWhole>
+RF_INLINE void store_part(char* p, Vec v, int count) {
+  constexpr int kElement = kBf16 ? 2 : 4;
+  char part[kLanes * kElement];
+  char* const d = kWhole ? p : part;
+  if (kBf16)
+    store_bf16(reinterpret_cast<uint16_t*>(d), v);
+  else
+    store(reinterpret_cast<float*>(d), v);
+  if (!kWhole) std::memcpy(p, part, static_cast<size_t>(count) * kElement);
+}
 
+// ---- epilogue --------------------------------------------------------------------------------------------------
+template <bool kBf16, int kVectors>
+void epilogue_full(const EpilogueArgs& e) {
+  Vec scale[kVectors], shift[kVectors];
+#pragma GCC unroll 2
+  for (int j = 0; j < kVectors; ++j) {
+    scale[j] = load(e.scale + j * kLanes);
+    shift[j] = load(e.shift + j * kLanes);
+  }
+  for (int i = 0; i < e.rows; ++i) {
+    const ptrdiff_t pixel = e.dst[i];
+    if (pixel < 0) continue;
+    const char* const r = e.residual ? e.residual + pixel * e.residual_pitch : nullptr;
+    Vec v[kVectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) {
+      v[j] = fma(load(e.c + (i * kVectors + j) * kLanes), scale[j], shift[j]);
+      if (r) v[j] += load_part<kBf16, true>(r + j * kLanes * (kBf16 ? 2 : 4), kLanes);
+      if (e.relu) v[j] = relu(v[j]);
+    }
+    char* const o = e.out + pixel * e.out_pitch;
+    if (kBf16 && kVectors == 2 && e.stream) {
+      stream_bf16_pair(reinterpret_cast<uint16_t*>(o), v[0], v[kVectors - 1]);
+      continue;
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) {
+      if (!kBf16 && e.stream)
+        stream(reinterpret_cast<float*>(o) + j * kLanes, v[j]);
+      else
+        store_part<kBf16, true>(o + j * kLanes * (kBf16 ? 2 : 4), v[j], kLanes);
+    }
+  }
+}
+
+// The last panel of a tensor whose channels do not fill it.
+template <bool kBf16>
+void epilogue_tail(const EpilogueArgs& e) {
+  constexpr int kElement = kBf16 ? 2 : 4;
+  for (int i = 0; i < e.rows; ++i) {
+    const ptrdiff_t pixel = e.dst[i];
+    if (pixel < 0) continue;
+    const char* const r = e.residual ? e.residual + pixel * e.residual_pitch : nullptr;
+    char* const o = e.out + pixel * e.out_pitch;
+    auto vector = [&](int j, int count, auto whole) __attribute__((always_inline)) {
+      constexpr bool kWhole = decltype(whole)::value;
+      Vec v = fma(load(e.c + i * e.panel + j), load(e.scale + j), load(e.shift + j));
+      if (r) v += load_part<kBf16, kWhole>(r + j * kElement, count);
+      if (e.relu) v = relu(v);
+      store_part<kBf16, kWhole>(o + j * kElement, v, count);
+    };
+    int j = 0;
+    for (; j + kLanes <= e.columns; j += kLanes) vector(j, kLanes, Whole<true>{});
+    if (j < e.columns) vector(j, e.columns - j, Whole<false>{});
+  }
+}
+
+template <bool kBf16>
+void epilogue_typed(const EpilogueArgs& e) {
+  if (e.columns < e.panel)
+    epilogue_tail<kBf16>(e);
+  else
+    e.panel == kPanel ? epilogue_full<kBf16, 2>(e) : epilogue_full<kBf16, 1>(e);
+}
+void epilogue(const EpilogueArgs& e) { e.bf16 ? epilogue_typed<true>(e) : epilogue_typed<false>(e); }
+
+// ---- prologue --------------------------------------------------------------------------------------------------
 template <bool kBf16In, bool kBf16Out, bool kAverage, bool kWhole>
 RF_INLINE void prologue_vector(const PrologueArgs& p, const char* x, char* out, int channel, int count) {
   const Vec scale = load(p.scale + channel), shift = load(p.shift + channel);
@@ -317,13 +368,7 @@ RF_INLINE void prologue_vector(const PrologueArgs& p, const char* x, char* out, 
     y = ((y + activated(x + p.pitch)) + (activated(below) + activated(below + p.pitch))) * splat(0.25f);
   }
   if (kBf16In) y = widen(to_bf16(y));
-  char part[kLanes * 4];
-  char* const d = kWhole ? out : part;
-  if (kBf16Out)
-    store_bf16(reinterpret_cast<uint16_t*>(d), y);
-  else
-    store(reinterpret_cast<float*>(d), y);
-  if (!kWhole) std::memcpy(out, part, static_cast<size_t>(count) * (kBf16Out ? 2 : 4));
+  store_part<kBf16Out, kWhole>(out, y, count);
 }
 
 template <bool kBf16In, bool kBf16Out, bool kAverage>
@@ -420,8 +465,7 @@ void winograd_in(const WinogradIn& w) {
 template <int kM>
 void winograd_out(const WinogradOut& w) {
   constexpr int kT = kM + 2;
-#pragma GCC unroll 2
-  for (int v = 0; v < kPanel; v += kLanes) {
+  for (int v = 0; v < w.panel; v += kLanes) {
     Vec columns[kT][kM];  // [frequency along x][row]
 #pragma GCC unroll 6
     for (int x = 0; x < kT; ++x) {
@@ -437,7 +481,7 @@ void winograd_out(const WinogradOut& w) {
       for (int x = 0; x < kT; ++x) m[x] = columns[x][y];
       Winograd<kM>::out(m, o);
 #pragma GCC unroll 4
-      for (int x = 0; x < kM; ++x) store(w.c + (y * kM + x) * kPanel + v, o[x]);
+      for (int x = 0; x < kM; ++x) store(w.c + (y * kM + x) * w.panel + v, o[x]);
     }
   }
 }
@@ -475,41 +519,47 @@ void bf16_to_f32(const uint16_t* src, float* dst, int64_t count) {
   }
 }
 
-[[maybe_unused]] void nothing() {}  // what begin and end do without AMX
+// What begin and end do without AMX.
+[[maybe_unused]] void nothing() {}
+[[maybe_unused]] void nothing(bool) {}
 
 constexpr Kernels make_table() {
   Kernels k{};
   k.isa = RF_ISA;
   k.name = RF_NAME;
   k.panel = kPanel;
-  k.sub_min = kSubMin;
-  k.sub_max = kSubMax;
+  k.narrow = kLanes;
+  k.gemm_f32[kSubMax] = gemm<F32Product, kSubMax, 2>;
+  k.gemm_f32_narrow[kNarrowSub] = gemm<F32Product, kNarrowSub, 1>;
 #if defined(__AVX512F__)
-  k.gemm_f32[4] = gemm<F32Product, 4, 1>;
-  k.gemm_f32[5] = gemm<F32Product, 5, 1>;
-  k.gemm_f32[6] = gemm<F32Product, 6, 1>;
-  k.gemm_f32[7] = gemm<F32Product, 7, 1>;
+  k.gemm_f32[4] = gemm<F32Product, 4, 2>;
+  k.gemm_f32[5] = gemm<F32Product, 5, 2>;
+  k.gemm_f32[6] = gemm<F32Product, 6, 2>;
+  k.gemm_f32_narrow[4] = gemm<F32Product, 4, 1>;
+  k.gemm_f32_narrow[6] = gemm<F32Product, 6, 1>;
+  k.gemm_f32_narrow[7] = gemm<F32Product, 7, 1>;
+  k.gemm_f32_narrow[8] = gemm<F32Product, 8, 1>;
+  k.gemm_f32_narrow[10] = gemm<F32Product, 10, 1>;
+  k.gemm_f32_narrow[12] = gemm<F32Product, 12, 1>;
   k.wide_sub = kWideSub;
-  k.gemm_f32_wide = gemm<F32Product, kWideSub, 2>;
-#else
-  k.gemm_f32[kSubMax] = gemm<F32Product, kSubMax, 1>;
+  k.gemm_f32_wide = gemm<F32Product, kWideSub, 4>;
 #endif
+  k.bf16_word_multiple = k.bf16_narrow_multiple = 1;
+  k.begin = nothing;
+  k.end = nothing;
 #if defined(__AMX_BF16__)
-  k.bf16_sub = 16;
+  k.bf16_sub = k.bf16_narrow_sub = 16;
   k.bf16_word_multiple = 16;
+  k.bf16_narrow_multiple = 8;
   k.gemm_bf16 = gemm_amx;
+  k.gemm_bf16_narrow = gemm_amx_narrow;
   k.begin = amx_begin;
   k.end = amx_end;
 #elif defined(__AVX512BF16__)
   k.bf16_sub = kSubMax;
-  k.bf16_word_multiple = 1;
-  k.gemm_bf16 = gemm<Bf16Product, kSubMax, 1>;
-  k.begin = k.end = nothing;
-#else
-  k.bf16_sub = 0;
-  k.bf16_word_multiple = 1;
-  k.gemm_bf16 = nullptr;
-  k.begin = k.end = nothing;
+  k.bf16_narrow_sub = 8;
+  k.gemm_bf16 = gemm<Bf16Product, kSubMax, 2>;
+  k.gemm_bf16_narrow = gemm<Bf16Product, 8, 1>;
 #endif
   k.epilogue = epilogue;
   k.prologue = prologue;

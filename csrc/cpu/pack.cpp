@@ -27,10 +27,9 @@ float to_f32(const void* p, int64_t i, DType t) {
 }
 
 // Panel n, counted over all groups.
-void pack_panel(const Kernels& kernels, const ConvShape& s, const PackShape& p, DType dtype, Algorithm algorithm,
-                const void* weight, int64_t n, char* out) {
-  const int c = s.c / s.groups, k = s.k / s.groups, panel = kernels.panel, m = winograd_m(algorithm),
-            window = s.r * s.s;
+void pack_panel(const ConvShape& s, const PackShape& p, DType dtype, Algorithm algorithm, const void* weight, int64_t n,
+                char* out) {
+  const int c = s.c / s.groups, k = s.k / s.groups, panel = p.panel, m = winograd_m(algorithm), window = s.r * s.s;
   const int first = static_cast<int>(n % p.panels) * panel, columns = std::min(panel, k - first);
   const int64_t o = n / p.panels * k + first;
   std::memset(out, 0, static_cast<size_t>(p.panel_bytes));
@@ -74,11 +73,13 @@ PackShape pack_shape(const Kernels& kernels, const ConvShape& s, DType dtype, Al
   PackShape p;
   p.bf16 = dtype == DType::kBf16 && kernels.bf16_sub > 0 && !m && s.groups == 1;  // slices of groups are not aligned
   p.flat = p.bf16 && c < 16;  // a tap of a stem's 3 channels would be mostly padding
+  p.panel = k <= kernels.narrow ? kernels.narrow : kernels.panel;
+  const int unit = p.panel == kernels.narrow ? kernels.bf16_narrow_multiple : kernels.bf16_word_multiple;
   p.taps = m ? (m + 2) * (m + 2) : p.flat ? 1 : s.r * s.s;
-  const int unit = kernels.bf16_word_multiple, depth = p.flat ? c * s.r * s.s : c;
+  const int depth = p.flat ? c * s.r * s.s : c;
   p.words = p.bf16 ? ((depth + 1) / 2 + unit - 1) / unit * unit : c;
-  p.panels = (k + kernels.panel - 1) / kernels.panel;
-  p.panel_bytes = static_cast<int64_t>(p.taps) * p.words * kernels.panel * 4;
+  p.panels = (k + p.panel - 1) / p.panel;
+  p.panel_bytes = static_cast<int64_t>(p.taps) * p.words * p.panel * 4;
   p.bytes = static_cast<int64_t>(sizeof(PackHeader)) + s.groups * p.panels * p.panel_bytes;
   return p;
 }
@@ -98,8 +99,7 @@ void pack(const Kernels& kernels, const ConvShape& s, DType dtype, Algorithm alg
                                     p.words,
                                     p.panels};
   auto panels = [&, body = static_cast<char*>(out) + sizeof(PackHeader)](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n)
-      pack_panel(kernels, s, p, dtype, algorithm, weight, n, body + n * p.panel_bytes);
+    for (int64_t n = begin; n < end; ++n) pack_panel(s, p, dtype, algorithm, weight, n, body + n * p.panel_bytes);
   };
   parallel.run(
       int64_t{s.groups} * p.panels, [](int64_t a, int64_t b, void* f) { (*static_cast<decltype(panels)*>(f))(a, b); },
