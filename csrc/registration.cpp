@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <optional>
@@ -441,33 +442,56 @@ Tensor cpu_replay(const Tensor& x, Tensors recordings) {
                         next.block.dtype == image.dtype && next.block.x_pitch == out[1],
                     "recordings: expected each to take the output of the one before");
   }
-  const auto [n, c, h, w] = all.back()->steps.back().out;
-  std::optional<Tensor> out;  // taken when it is needed: early, it would lie beside two images between blocks
-  const void* input = x.const_data_ptr();
-  Pooled owner;  // of the input
+  // The blocks one after the other, each with the block (or x: -1) that it reads, and that it adds.
+  struct Link {
+    const Recording::Step* step;
+    int x, residual;
+  };
+  std::vector<Link> links;
   for (const Recording* r : all) {
-    std::vector<Pooled> outputs;
-    auto source = [&](int i) { return i == Recording::kInput ? input : outputs[i].get(); };
-    for (const Recording::Step& step : r->steps) {
-      const bool last = r == all.back() && &step == &r->steps.back();
-      cpu::Block b = step.block;
-      b.x = source(step.x);
-      if (b.residual) b.residual = source(step.residual);
-      if (last) {
-        out = new_output(x, n, c, h, w);
-        b.out = out->mutable_data_ptr();
-      } else {
-        outputs.push_back(pooled(step.out_bytes()));
-        b.out = outputs.back().get();
-      }
-      cpu::run_block(cpu::kernels(), b, torch_threads());
-    }
-    if (r != all.back()) {
-      owner = std::move(outputs.back());
-      input = owner.get();
-    }
+    const int before = static_cast<int>(links.size());  // the recording's x is the last output
+    auto place = [&](int source) { return source == Recording::kInput ? before - 1 : before + source; };
+    for (const Recording::Step& step : r->steps) links.push_back({&step, place(step.x), place(step.residual)});
   }
-  return *out;
+  const int count = static_cast<int>(links.size());
+  const auto [n, c, h, w] = links.back().step->out;
+  Tensor out = new_output(x, n, c, h, w);
+
+  // Memory of each output, from the last one back: one that is read for the last time before another is written takes
+  // the same memory, and so most take that of `out`.
+  struct Memory {
+    void* data;
+    int64_t bytes;
+    int from;  // the first block that writes to it
+  };
+  std::vector<Pooled> pool;
+  std::vector<Memory> memories{{out.mutable_data_ptr(), links.back().step->out_bytes(), count - 1}};
+  std::vector<void*> data(static_cast<size_t>(count));
+  data[count - 1] = memories[0].data;
+  for (int i = count - 2; i >= 0; --i) {
+    int last = i;
+    for (int j = i + 1; j < count; ++j)
+      if (links[j].x == i || (links[j].step->block.residual && links[j].residual == i)) last = j;
+    const int64_t bytes = links[i].step->out_bytes();
+    auto free = std::find_if(memories.begin(), memories.end(),
+                             [&](const Memory& m) { return m.bytes == bytes && last < m.from; });
+    if (free == memories.end()) {
+      pool.push_back(pooled(bytes));
+      free = memories.insert(memories.end(), {pool.back().get(), bytes, i});
+    }
+    free->from = i;
+    data[i] = free->data;
+  }
+  std::vector<cpu::Block> blocks;
+  for (int i = 0; i < count; ++i) {
+    cpu::Block& b = blocks.emplace_back(links[i].step->block);
+    auto source = [&](int from) -> const void* { return from < 0 ? x.const_data_ptr() : data[from]; };
+    b.x = source(links[i].x);
+    if (b.residual) b.residual = source(links[i].residual);
+    b.out = data[i];
+  }
+  cpu::run_sequence(cpu::kernels(), blocks, torch_threads());
+  return out;
 }
 
 }  // namespace

@@ -118,8 +118,8 @@ RF_EXPORT Schedule schedule(const Kernels&, const Block&, int threads);
 // Throws std::invalid_argument on a pack of another instruction set, shape or algorithm.
 void run_block(const Kernels&, const Block&, const Parallel&);
 
-// Blocks that read, pixel for pixel, what those before them wrote. Where the schedule hands out whole images, a thread
-// takes its images through all the blocks, between which they stay in its cache.
+// Blocks that read what those before them wrote: image i of a block nothing but image i of earlier ones. Memory may be
+// written again by a block two places further on, if it has images of the same size.
 void run_sequence(const Kernels&, const std::vector<Block>&, const Parallel&);
 
 // ---- dense blocks (dense.cpp) ------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@
 #include <atomic>
 #include <climits>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "block.h"
@@ -43,6 +45,8 @@ struct SubTile {
   int y;  // input row of the window's first row; INT_MIN: taps are not to be skipped
   int32_t dst[kMaxSubTile];
   int32_t src[kMaxSubTile];  // pixel of x that the row reads, where rows are gathered
+
+  SubTile() {}  // leaves all as it is
 };
 
 // What a stage of the chain knows of its input and its kernel choice.
@@ -183,7 +187,8 @@ struct Chain {
       // slack: tiles at the end of a level read, and drop, a few pixels more
       if (!st.in_place)
         st.level_bytes =
-            (int64_t{plan.images} * rows * st.columns + 2 * kMaxTileRows * st.layer->shape.stride_w) * st.pitch + 4096;
+            (int64_t{plan.images} * rows * st.columns + 2 * tallest(st.pack) * st.layer->shape.stride_w) * st.pitch +
+            4096;
       plan.workspace_bytes += st.level_bytes;
       rows = std::min(rows, st.in_h);
     }
@@ -206,7 +211,7 @@ struct Chain {
   }
   int64_t winograd_bytes(const Stage& st, int rows) const {
     if (!st.m) return 0;
-    const int64_t tiles = winograd_tiles(st, rows) + kMaxTileRows;
+    const int64_t tiles = winograd_tiles(st, rows) + 2 * tallest(st.pack);
     const int kept = winograd_by_panel(st, tiles) ? 2 : st.pack.panels;
     return st.pack.taps * tiles * (winograd_pitch(st) + kept * st.pack.panel) * 4;
   }
@@ -528,19 +533,21 @@ class Unit {
       SubTile& t = tiles.emplace_back();
       t.a = a;
       t.y = y_in;
-      int yy = y + std::max(0, x) / wrap, xx = std::max(0, x) % wrap;
-      int64_t dst = out.image * image + int64_t{yy - out.origin_row} * out.columns + out.origin;
-      int64_t src = (int64_t{image} * block_.h + int64_t{yy} * step_y) * block_.w;
-      for (int i = 0; i < sub; ++i) {
-        const bool used = i >= first && yy < to && xx < w;
-        t.dst[i] = used ? static_cast<int32_t>(dst + xx) : -1;
-        t.src[i] = used ? static_cast<int32_t>(src + int64_t{xx} * step_x) : 0;
-        if (x + i >= 0 && ++xx == wrap) {
-          xx = 0;
-          ++yy;
-          dst += out.columns;
-          src += int64_t{step_y} * block_.w;
-        }
+      std::fill_n(t.dst, first, -1);
+      std::fill_n(t.src, first, 0);
+      int yy = y + (x + first) / wrap, xx = (x + first) % wrap;
+      for (int i = first; i < sub; ++yy, xx = 0) {  // the part of the sub-tile that is in one row
+        const int end = std::min<int64_t>(sub, int64_t{i} + wrap - xx);
+        const int used = yy < to ? std::clamp(i + w - xx, i, end) : i;
+        const auto dst =
+            static_cast<int32_t>(out.image * image + int64_t{yy - out.origin_row} * out.columns + out.origin + xx - i);
+        const auto src = static_cast<int32_t>((int64_t{image} * block_.h + int64_t{yy} * step_y) * block_.w +
+                                              int64_t{xx - i} * step_x);
+        for (int j = i; j < used; ++j) t.dst[j] = dst + j;
+        for (int j = i; j < used && st.gather; ++j) t.src[j] = src + j * step_x;
+        for (int j = used; j < end; ++j) t.dst[j] = -1;
+        for (int j = used; j < end; ++j) t.src[j] = 0;
+        i = end;
       }
     };
     if (st.in_place) {
@@ -713,7 +720,8 @@ class Unit {
     // Taps: pixels of the window; where those of a kernel row are contiguous, rows; where they are gathered, one.
     const int rows = st.pack.flat ? 1 : s.r, per_row = st.merged || st.pack.flat ? 1 : s.s;
     const int words = st.merged && !st.pack.flat ? st.pack.words * s.s : st.pack.words;
-    const int segment = block_.average ? kFineSegment : kSegment, per_chain = static_cast<int>(ceil_div(segment, words));
+    const int segment = block_.average ? kFineSegment : kSegment,
+              per_chain = static_cast<int>(ceil_div(segment, words));
     taps.clear();
     for (int r = 0; r < rows; ++r)
       for (int x = 0; x < per_row; ++x) {
@@ -848,7 +856,7 @@ class Unit {
     g.high = static_cast<int>(ceil_div(rows, st.m));
     g.wide = static_cast<int>(ceil_div(st.out_w, st.m));
     g.tiles = int64_t{images_} * g.high * g.wide;
-    g.padded = g.tiles + kMaxTileRows;
+    g.padded = g.tiles + 2 * chain_.tallest(st.pack);
     g.pitch = chain_.winograd_pitch(st);
     g.frequency = g.padded * g.pitch;
     return g;
@@ -1037,31 +1045,92 @@ void check_pack(const Kernels& kernels, const Block& b, const Layer& layer, cons
                                 std::to_string(s.s) + "]");
 }
 
-// Unit by unit, each through all of the chains; several have the same images per unit, and one band.
-void run_chains(const Chain* first, const Chain* last, const Parallel& parallel) {
-  const Schedule& p = first->plan;
-  const int n = first->block.n, out_h = first->out_h;
-  if (p.split_channels) {
-    Unit(*first, 0, n, 0, out_h).run_split(parallel);
-    return;
+// Chains in one parallel region: threads take the next unit when they are done with one, so that one that the system
+// holds up delays nobody by more. A unit waits until what it reads is written: units are taken in order, so those that
+// it waits for are being computed by threads that run, however few there are.
+class Region {
+ public:
+  Region(const Chain* first, const Chain* last) : chains_(first), count_(static_cast<int>(last - first)) {
+    for (int i = 0; i < count_; ++i) {
+      first_unit_.push_back(units_);
+      first_group_.push_back(groups_);
+      units_ += groups(i) * chains_[i].plan.bands;
+      groups_ += groups(i);
+    }
+    done_ = std::make_unique<std::atomic<int>[]>(static_cast<size_t>(groups_));
+    by_image_ = std::all_of(first, last, [&](const Chain& c) { return c.plan.bands == 1 && same_groups(c, *first); }) &&
+                kept_weights() <= kKeptWeights;
   }
-  const int band = static_cast<int>(ceil_div(out_h, p.bands));
-  auto run_unit = [&](int64_t u) {
-    const int image = static_cast<int>(u / p.bands) * p.images, y = static_cast<int>(u % p.bands) * band;
-    const int images = std::min(p.images, n - image), bottom = p.bands == 1 ? INT_MAX : y + band;
-    for (const Chain* c = first; c != last; ++c)
-      if (y < c->out_h) Unit(*c, image, images, y, std::min(c->out_h, bottom)).run();
-  };
-  // Each thread takes the next unit when it is done with one: a thread that the system holds up delays nobody by more.
-  const int64_t count = ceil_div(n, p.images) * p.bands;
-  std::atomic<int64_t> next{0};
-  auto work = [&] {
-    for (int64_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < count;) run_unit(u);
-  };
-  parallel.run(
-      std::min<int64_t>(count, parallel.threads),
-      [](int64_t, int64_t, void* f) { (*static_cast<decltype(work)*>(f))(); }, &work);
-}
+
+  void run(const Parallel& parallel) {
+    parallel.run(
+        std::min<int64_t>(by_image_ ? groups(0) : units_, parallel.threads),
+        [](int64_t, int64_t, void* region) { static_cast<Region*>(region)->work(); }, this);
+  }
+
+ private:
+  // All weights of a sequence that stay in L2: a thread then takes its images through all the blocks.
+  static constexpr int64_t kKeptWeights = 1 << 20;
+  const Chain* chains_;
+  int count_;
+  int64_t units_ = 0, groups_ = 0;
+  std::vector<int64_t> first_unit_, first_group_;  // of each chain
+  std::unique_ptr<std::atomic<int>[]> done_;       // units of each group of images
+  std::atomic<int64_t> next_{0};
+  bool by_image_;
+
+  int64_t groups(int i) const { return ceil_div(chains_[i].block.n, chains_[i].plan.images); }
+  static bool same_groups(const Chain& a, const Chain& b) {
+    return a.block.n == b.block.n && a.plan.images == b.plan.images;
+  }
+  int64_t kept_weights() const {
+    int64_t bytes = 0;
+    for (int i = 0; i < count_; ++i) {
+      for (int l = 0; l < chains_[i].count; ++l) bytes += chains_[i].stages[l].pack.bytes;
+      if (chains_[i].block.has_projection) bytes += chains_[i].projection.pack.bytes;
+    }
+    return bytes;
+  }
+
+  void work() {
+    if (by_image_) {
+      for (int64_t group; (group = next_.fetch_add(1, std::memory_order_relaxed)) < groups(0);)
+        for (int i = 0; i < count_; ++i) run_unit(chains_[i], group, 0);
+      return;
+    }
+    int i = 0;
+    for (int64_t unit; (unit = next_.fetch_add(1, std::memory_order_relaxed)) < units_;) {
+      while (i + 1 < count_ && unit >= first_unit_[i + 1]) ++i;
+      const int64_t group = (unit - first_unit_[i]) / chains_[i].plan.bands;
+      if (i > 0) wait_for(i - 1, same_groups(chains_[i - 1], chains_[i]) ? group : -1);
+      run_unit(chains_[i], group, static_cast<int>((unit - first_unit_[i]) % chains_[i].plan.bands));
+      // A locked instruction on x86: it also orders the non-temporal stores of the output.
+      done_[first_group_[i] + group].fetch_add(1, std::memory_order_acq_rel);
+    }
+  }
+
+  // Until a group of images (-1: all) has been through a chain, and so through those before it.
+  void wait_for(int i, int64_t group) const {
+    const int64_t begin = first_group_[i] + std::max<int64_t>(0, group);
+    const int64_t end = group < 0 ? first_group_[i] + groups(i) : begin + 1;
+    for (int64_t g = begin; g < end; ++g)
+      for (int spins = 0; done_[g].load(std::memory_order_acquire) < chains_[i].plan.bands; ++spins)
+        spins < kSpins ? pause() : std::this_thread::yield();
+  }
+  static constexpr int kSpins = 4096;  // about 100 us
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  static void run_unit(const Chain& chain, int64_t group, int band) {
+    const Schedule& p = chain.plan;
+    const int rows = static_cast<int>(ceil_div(chain.out_h, p.bands)), y = band * rows;
+    const int image = static_cast<int>(group) * p.images, images = std::min(p.images, chain.block.n - image);
+    if (y < chain.out_h) Unit(chain, image, images, y, std::min(chain.out_h, y + rows)).run();
+  }
+};
 
 }  // namespace
 
@@ -1085,12 +1154,15 @@ void run_sequence(const Kernels& kernels, const std::vector<Block>& blocks, cons
     if (b.n == 0 || chain.final_h <= 0 || chain.final_w <= 0) return;
     chain.fit(choose_schedule(chain, parallel.threads));
   }
-  const bool by_image = std::all_of(chains.begin(), chains.end(), [&](const Chain& chain) {
-    const Schedule& p = chain.plan;
-    return p.bands == 1 && !p.split_channels && p.images == chains[0].plan.images;
-  });
-  const size_t together = by_image ? chains.size() : 1;
-  for (size_t i = 0; i < chains.size(); i += together) run_chains(&chains[i], &chains[i] + together, parallel);
+  for (size_t i = 0, end; i < chains.size(); i = end) {
+    end = i + 1;
+    if (chains[i].plan.split_channels) {
+      Unit(chains[i], 0, chains[i].block.n, 0, chains[i].out_h).run_split(parallel);
+      continue;
+    }
+    while (end < chains.size() && !chains[end].plan.split_channels) ++end;
+    Region(&chains[i], &chains[i] + (end - i)).run(parallel);
+  }
 }
 
 }  // namespace resnet_fused::cpu

@@ -16,7 +16,7 @@ enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, k
 constexpr int kIsaCount = 5;
 
 constexpr int kMaxPanel = 32;    // widest panel of output channels of any instruction set
-constexpr int kMaxSubTile = 16;  // tallest half of a register tile of any instruction set
+constexpr int kMaxSubTile = 32;  // tallest half of a register tile of any instruction set
 constexpr int kMaxTileRows = 2 * kMaxSubTile;
 
 // One tap of the convolution window: byte offsets of its operands from the tile's and the panel's start, and the chain

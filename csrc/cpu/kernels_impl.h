@@ -155,17 +155,16 @@ void gemm(const GemmArgs& args) {
 
 // ---- AMX tile --------------------------------------------------------------------------------------------------
 #if defined(__AMX_BF16__)
-// Two sub-tiles of 16 rows by two blocks of 16 columns: four accumulators, two tiles of A, two of B. A narrow panel is
-// one block of columns; in the place of the other are tiles of half a step, 16 channels.
-// Constants in memory: GCC 12's _tile_loadconfig tells the compiler of 8 of the 64 bytes that it reads, and the stores
-// into a local one would be dropped.
+// Two sub-tiles of 16 rows by two blocks of 16 columns: four accumulators, two tiles of A, two of B. For a narrow
+// panel, one tile of A and one of B are half as deep: 16 channels. Constants in memory: GCC 12's _tile_loadconfig tells
+// the compiler of 8 of the 64 bytes that it reads, and the stores into a local one would be dropped.
 struct alignas(64) AmxConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 const AmxConfig kAmxConfig, kAmxNarrowConfig{
-                                .row_bytes = {64, 64, 32, 32, 64, 64, 64, 64},
+                                .row_bytes = {64, 64, 64, 64, 64, 64, 32, 64},
                                 .rows = {16, 16, 16, 16, 16, 16, 16, 8},
                             };
 void amx_begin(bool is_narrow) { _tile_loadconfig(is_narrow ? &kAmxNarrowConfig : &kAmxConfig); }
@@ -224,16 +223,22 @@ void gemm_amx(const GemmArgs& args) {
   _tile_stored(3, args.c + 16 * kPanel + 16, kRowBytes);
 }
 
-// Steps of 16 words, and a last one of 8 where that is what is left.
+// Two sub-tiles of 32 rows by one block of columns: four accumulators, each of which waits for its last product. Steps
+// of 16 words, and a last one of 8 where that is what is left.
 void gemm_amx_narrow(const GemmArgs& args) {
-  constexpr int kRowBytes = kLanes * 4, kStepBytes = 16 * kRowBytes;
+  constexpr int kRowBytes = kLanes * 4, kStepBytes = 16 * kRowBytes, kTileFloats = 16 * kLanes;
   if (args.accumulate) {
     _tile_loadd(0, args.c, kRowBytes);
-    _tile_loadd(1, args.c + 16 * kLanes, kRowBytes);
+    _tile_loadd(1, args.c + kTileFloats, kRowBytes);
+    _tile_loadd(2, args.c + 2 * kTileFloats, kRowBytes);
+    _tile_loadd(3, args.c + 3 * kTileFloats, kRowBytes);
   } else {
     _tile_zero(0);
     _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
   }
+  const ptrdiff_t lower = 16 * args.lda;
   for (int t = 0; t < args.tap_count; ++t) {
     prefetch_for_tap(args, t);
     const char* a0 = args.a[0] + args.taps[t].a;
@@ -241,25 +246,35 @@ void gemm_amx_narrow(const GemmArgs& args) {
     const char* b = args.b + args.taps[t].b;
     int k = args.words;
     for (; k >= 16; k -= 16) {
-      _tile_loadd(6, b, kRowBytes);
+      _tile_loadd(5, b, kRowBytes);
       _tile_loadd(4, a0, args.lda);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, a1, args.lda);
-      _tile_dpbf16ps(1, 5, 6);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(4, a0 + lower, args.lda);
+      _tile_dpbf16ps(1, 4, 5);
+      _tile_loadd(4, a1, args.lda);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_loadd(4, a1 + lower, args.lda);
+      _tile_dpbf16ps(3, 4, 5);
       a0 += 64;
       a1 += 64;
       b += kStepBytes;
     }
     if (k) {
       _tile_loadd(7, b, kRowBytes);
-      _tile_loadd(2, a0, args.lda);
-      _tile_dpbf16ps(0, 2, 7);
-      _tile_loadd(3, a1, args.lda);
-      _tile_dpbf16ps(1, 3, 7);
+      _tile_loadd(6, a0, args.lda);
+      _tile_dpbf16ps(0, 6, 7);
+      _tile_loadd(6, a0 + lower, args.lda);
+      _tile_dpbf16ps(1, 6, 7);
+      _tile_loadd(6, a1, args.lda);
+      _tile_dpbf16ps(2, 6, 7);
+      _tile_loadd(6, a1 + lower, args.lda);
+      _tile_dpbf16ps(3, 6, 7);
     }
   }
   _tile_stored(0, args.c, kRowBytes);
-  _tile_stored(1, args.c + 16 * kLanes, kRowBytes);
+  _tile_stored(1, args.c + kTileFloats, kRowBytes);
+  _tile_stored(2, args.c + 2 * kTileFloats, kRowBytes);
+  _tile_stored(3, args.c + 3 * kTileFloats, kRowBytes);
 }
 #endif
 
@@ -290,8 +305,12 @@ RF_INLINE void store_part(char* p, Vec v, int count) {
 }
 
 // ---- epilogue --------------------------------------------------------------------------------------------------
-template <bool kBf16, int kVectors>
-void epilogue_full(const EpilogueArgs& e) {
+// The arguments by value: a store may alias what a reference refers to, which is then read again for every row. Rows
+// that are dropped go to a place of their own: where there are some in every row of an image, a branch is mispredicted.
+template <bool kBf16, int kVectors, bool kStream>
+void epilogue_full(const EpilogueArgs e) {
+  constexpr int kVectorBytes = kLanes * (kBf16 ? 2 : 4);
+  alignas(64) char dropped[kVectors * kVectorBytes] = {};
   Vec scale[kVectors], shift[kVectors];
 #pragma GCC unroll 2
   for (int j = 0; j < kVectors; ++j) {
@@ -300,26 +319,26 @@ void epilogue_full(const EpilogueArgs& e) {
   }
   for (int i = 0; i < e.rows; ++i) {
     const ptrdiff_t pixel = e.dst[i];
-    if (pixel < 0) continue;
-    const char* const r = e.residual ? e.residual + pixel * e.residual_pitch : nullptr;
+    if (kStream && pixel < 0) continue;
+    const char* const r = pixel < 0 ? dropped : e.residual + pixel * e.residual_pitch;
+    char* const o = pixel < 0 ? dropped : e.out + pixel * e.out_pitch;
     Vec v[kVectors];
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
       v[j] = fma(load(e.c + (i * kVectors + j) * kLanes), scale[j], shift[j]);
-      if (r) v[j] += load_part<kBf16, true>(r + j * kLanes * (kBf16 ? 2 : 4), kLanes);
+      if (e.residual) v[j] += load_part<kBf16, true>(r + j * kVectorBytes, kLanes);
       if (e.relu) v[j] = relu(v[j]);
     }
-    char* const o = e.out + pixel * e.out_pitch;
-    if (kBf16 && kVectors == 2 && e.stream) {
+    if (kStream && kBf16) {
       stream_bf16_pair(reinterpret_cast<uint16_t*>(o), v[0], v[kVectors - 1]);
       continue;
     }
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
-      if (!kBf16 && e.stream)
+      if (kStream)
         stream(reinterpret_cast<float*>(o) + j * kLanes, v[j]);
       else
-        store_part<kBf16, true>(o + j * kLanes * (kBf16 ? 2 : 4), v[j], kLanes);
+        store_part<kBf16, true>(o + j * kVectorBytes, v[j], kLanes);
     }
   }
 }
@@ -346,12 +365,20 @@ void epilogue_tail(const EpilogueArgs& e) {
   }
 }
 
+template <bool kBf16, int kVectors>
+void epilogue_whole(const EpilogueArgs& e) {
+  constexpr bool kCanStream = !kBf16 || kVectors == 2;  // whole cache lines
+  if (kCanStream && e.stream)
+    epilogue_full<kBf16, kVectors, kCanStream>(e);
+  else
+    epilogue_full<kBf16, kVectors, false>(e);
+}
 template <bool kBf16>
 void epilogue_typed(const EpilogueArgs& e) {
   if (e.columns < e.panel)
     epilogue_tail<kBf16>(e);
   else
-    e.panel == kPanel ? epilogue_full<kBf16, 2>(e) : epilogue_full<kBf16, 1>(e);
+    e.panel == kPanel ? epilogue_whole<kBf16, 2>(e) : epilogue_whole<kBf16, 1>(e);
 }
 void epilogue(const EpilogueArgs& e) { e.bf16 ? epilogue_typed<true>(e) : epilogue_typed<false>(e); }
 
@@ -548,7 +575,8 @@ constexpr Kernels make_table() {
   k.begin = nothing;
   k.end = nothing;
 #if defined(__AMX_BF16__)
-  k.bf16_sub = k.bf16_narrow_sub = 16;
+  k.bf16_sub = 16;
+  k.bf16_narrow_sub = 32;
   k.bf16_word_multiple = 16;
   k.bf16_narrow_multiple = 8;
   k.gemm_bf16 = gemm_amx;
