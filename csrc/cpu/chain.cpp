@@ -11,6 +11,7 @@
 #include <climits>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -30,8 +31,9 @@ constexpr int64_t kPanelLimit = 200 * 1024;  // larger panels are taken one tap 
 // accuracy="strict" needs 64 (4%) to stay within 1.9 times on every block of ResNet-18, 34 and 50, images of 33 to 224
 // pixels; 128 gave 2.9. So does a transition (3.5 times with 256, 3.0 with 128): unfused, its errors are averaged too.
 constexpr int kSegment = 128, kFineSegment = 64;
-constexpr int64_t kAheadBytes = 512 * 1024;  // of x, prefetched into L2 at most
-constexpr int64_t kGroupBytes = 512 * 1024;  // of A, gathered at once
+constexpr int64_t kAheadBytes = 512 * 1024;   // of x, prefetched into L2 at most
+constexpr int64_t kAheadWeights = 128 * 1024;  // of the next layer's
+constexpr int64_t kGroupBytes = 512 * 1024;   // of A, gathered at once
 
 template <class T>
 T round_up(T v, T unit) {
@@ -47,6 +49,48 @@ struct SubTile {
   int32_t src[kMaxSubTile];  // pixel of x that the row reads, where rows are gathered
 
   SubTile() {}  // leaves all as it is
+};
+
+struct Range {
+  const char* begin = nullptr;
+  int64_t bytes = 0;
+};
+
+// What is needed soon comes into L2 during the products, a few lines in every step: weights first, then x.
+class Ahead {
+ public:
+  // `steps` of products in which to ask for x.
+  Ahead(Range* x, int64_t steps) : x_(x), x_lines_(x ? lines(x->bytes, steps) : 0) {}
+
+  // Weights in one or two places, and the steps in which to ask for them.
+  void weights(Range first, Range second, int64_t steps) {
+    weights_[0] = first;
+    weights_[1] = second;
+    lines_ = lines(first.bytes + second.bytes, steps);
+  }
+
+  void multiply(GemmFn gemm, GemmArgs& args) {
+    Range* const r = weights_[0].bytes > 0 ? &weights_[0] : weights_[1].bytes > 0 ? &weights_[1] : x_;
+    if (!r || r->bytes <= 0) {  // threads that share a layer's channels have one x
+      args.prefetch = args.prefetch_end = nullptr;
+      gemm(args);
+      return;
+    }
+    args.prefetch = r->begin;
+    args.prefetch_end = r->begin + r->bytes;
+    args.prefetch_lines = r == x_ ? x_lines_ : lines_;
+    gemm(args);
+    r->bytes = args.prefetch_end - args.prefetch;
+    r->begin = args.prefetch;
+  }
+
+ private:
+  static int lines(int64_t bytes, int64_t steps) {
+    return static_cast<int>(std::clamp<int64_t>(ceil_div(bytes, kLine * std::max<int64_t>(1, steps)), 1, 8));
+  }
+  Range* x_;
+  Range weights_[2];
+  int x_lines_, lines_ = 0;
 };
 
 // What a stage of the chain knows of its input and its kernel choice.
@@ -81,7 +125,8 @@ struct Chain {
   int64_t x_pixel, out_pixel, residual_pixel;
   int64_t pool_pitch = 0;
   int pool_capacity = 0;
-  int ahead_layer = 0;  // the one whose products hide the prefetch of x: the longest
+  int ahead_layer = 0;          // the one whose products hide the prefetch of x: the longest
+  const Chain* next = nullptr;  // run after this one
 
   Chain(const Kernels& k, const Block& b) : kernels(k), block(b), plan{}, count(b.layer_count) {
     const int64_t element = element_size(b.dtype), k_out = b.layers[count - 1].shape.k;
@@ -200,6 +245,13 @@ struct Chain {
   }
   int64_t pool_bytes() const { return int64_t{plan.images} * pool_capacity * final_w * pool_pitch; }
 
+  // Bytes of all weights.
+  int64_t weights() const {
+    int64_t sum = block.has_projection ? projection.pack.bytes : 0;
+    for (int l = 0; l < count; ++l) sum += stages[l].pack.bytes;
+    return sum;
+  }
+
   int64_t winograd_tiles(const Stage& st, int rows) const {
     return int64_t{plan.images} * ceil_div(rows, st.m) * ceil_div(st.out_w, st.m);
   }
@@ -256,7 +308,8 @@ class Unit {
   void run() {
     clear_columns();
     for (int y = begin_; y < end_; y += chain_.plan.rows) {
-      begin_step(y, std::min(end_, y + chain_.plan.rows), y == begin_);
+      first_step_ = y == begin_;
+      begin_step(y, std::min(end_, y + chain_.plan.rows), first_step_);
       set_ahead();
       if (!chain_.stages[0].in_place) fill_input(0, images_);
       for (int l = 0; l < chain_.count; ++l) {
@@ -300,8 +353,9 @@ class Unit {
   char* level_[3] = {};
   float* pool_ = nullptr;
   float* transformed_ = nullptr;
-  char* projected_ = nullptr;                           // the projected rows of a step
-  const char *ahead_ = nullptr, *ahead_end_ = nullptr;  // what the next step reads of x and is not yet prefetched
+  char* projected_ = nullptr;    // the projected rows of a step
+  Range ahead_;                  // what the next step reads of x and is not yet prefetched
+  bool first_step_ = true;       // of the unit: the weights come from far away
   int lo_[4] = {}, hi_[4] = {};  // rows of each level in use, before clipping; [count]: of the last layer's output
   int have_[4] = {};             // rows of the level below this were computed by earlier steps
   struct Vectors {
@@ -436,8 +490,7 @@ class Unit {
     const int64_t all = (int64_t{block_.n} - image_) * h;  // rows of x from this unit on
     const int64_t next =
         std::clamp<int64_t>(images_ > 1 ? used : hi_[0] - std::max(0, lo_[0]), 0, std::max<int64_t>(0, all - used));
-    ahead_ = x_ + used * row;
-    ahead_end_ = ahead_ + std::min<int64_t>(next * row, kAheadBytes);
+    ahead_ = {x_ + used * row, std::min<int64_t>(next * row, kAheadBytes)};
   }
   void end_step() {
     for (int l = 0; l <= chain_.count; ++l) have_[l] = std::max(have_[l], hi_[l]);
@@ -744,8 +797,10 @@ class Unit {
     auto* c =
         static_cast<float*>(workspace(Slot::kTiles, static_cast<size_t>(splits > 1 ? group : 2) * tile_floats * 4));
 
-    const int lines = ahead_per_tap(
-        l, int64_t{count} * ((panel_end - panel_begin) / tile.panels) * static_cast<int64_t>(taps.size()));
+    const int64_t tap_steps = words / (st.pack.bf16 ? kernels_.bf16_step : kernels_.f32_step);
+    Ahead ahead(l == chain_.ahead_layer ? &ahead_ : nullptr, (panel_end - panel_begin) / tile.panels * int64_t{count} *
+                                                                 static_cast<int64_t>(taps.size()) * tap_steps);
+    const int64_t split_bytes = int64_t{split_taps} * words * panel * 4;
 
     // The epilogue of a tile follows the products of the next one, whose latency it hides (AMX).
     struct {
@@ -781,7 +836,18 @@ class Unit {
         args.words = words;
         args.b = weights(st) + n * st.pack.panel_bytes;
         args.b2 = args.b + st.pack.panel_bytes;
-        for (int split = 0; split < splits; ++split)
+        for (int split = 0; split < splits; ++split) {
+          if (first_step_ && g == 0) {
+            const bool same = split + 1 < splits;  // panels
+            const int next = same ? n : n + tile.panels;
+            const char* const first = weights(st) + next * st.pack.panel_bytes + (same ? split + 1 : 0) * split_bytes;
+            const int64_t steps = int64_t{group_end} * split_taps * tap_steps;
+            if (next >= panel_end)
+              ahead.weights(after(l, panel_begin, panels(st)), {}, steps);
+            else
+              ahead.weights({first, split_bytes}, {first + st.pack.panel_bytes, tile.panels > 1 ? split_bytes : 0},
+                            steps);
+          }
           for (int t = g; t < group_end; ++t) {
             const SubTile &t0 = tiles[2 * t], &t1 = tiles[2 * t + 1];
             args.a[0] = base + t0.a + group_offset;
@@ -800,8 +866,7 @@ class Unit {
               args.taps = some.data();
               args.tap_count = static_cast<int>(some.size());
             }
-            ahead(lines, args);
-            tile.gemm(args);
+            ahead.multiply(tile.gemm, args);
             if (split < splits - 1) continue;
             finish();
             waiting = true;
@@ -815,6 +880,7 @@ class Unit {
               next.args[p].dst = next.dst;
             }
           }
+        }
         if (splits > 1) finish();  // the next panel's partial sums take its place
       }
     }
@@ -822,17 +888,22 @@ class Unit {
     if (st.pack.bf16) kernels_.end();
   }
 
-  // Lines of x to prefetch per tap, if this layer is the one that does, and how many taps it has to do it in.
-  int ahead_per_tap(int l, int64_t taps) const {
-    return l == chain_.ahead_layer ? static_cast<int>(std::min<int64_t>(
-                                         16, ceil_div(ahead_end_ - ahead_, kLine * std::max<int64_t>(1, taps))))
-                                   : 0;
-  }
-  void ahead(int lines, GemmArgs& args) {
-    if (!lines) return;  // threads that share a layer's channels come by here all at once
-    args.prefetch = ahead_;
-    args.prefetch_lines = ahead_ < ahead_end_ ? lines : 0;
-    ahead_ += int64_t{args.prefetch_lines} * args.tap_count * kLine;
+  // The first weights of what is computed after a layer, by the thread that has the layer's panels from `panel` on, of
+  // `all`.
+  Range after(int l, int panel, int all) const {
+    const int last = chain_.count - 1;
+    const Stage* next = nullptr;
+    if (l == kProjection)
+      next = &chain_.stages[last];
+    else if (l < last)
+      next = l + 1 == last && block_.has_projection ? &chain_.projection : &chain_.stages[l + 1];
+    else if (chain_.next)
+      next = chain_.next->count == 1 && chain_.next->block.has_projection ? &chain_.next->projection
+                                                                          : &chain_.next->stages[0];
+    if (!next) return {};
+    const int64_t first = int64_t{panels(*next)} * panel / all;
+    return {weights(*next) + first * next->pack.panel_bytes,
+            std::min<int64_t>((panels(*next) - first) * next->pack.panel_bytes, kAheadWeights)};
   }
 
   static bool row_inside(const Stage& st, const SubTile& t, int r) {
@@ -904,8 +975,26 @@ class Unit {
     const int64_t panel_products = frequencies * product;
     auto* products = static_cast<float*>(workspace(Slot::kProducts, static_cast<size_t>(kept * panel_products) * 4));
     auto* c = static_cast<float*>(workspace(Slot::kTiles, static_cast<size_t>(pixels * panel) * 4));
-    const int64_t calls = frequencies * ((panel_end - panel_begin) / tile.panels) * ceil_div(g.tiles, 2 * tile.sub);
-    const int lines = ahead_per_tap(l, calls);
+    const int64_t steps = ceil_div(g.tiles, 2 * tile.sub) * (st.pack.words / kernels_.f32_step);  // of one frequency
+    Ahead ahead(l == chain_.ahead_layer ? &ahead_ : nullptr,
+                frequencies * ((panel_end - panel_begin) / tile.panels) * steps);
+    const int64_t frequency_bytes = int64_t{st.pack.words} * panel * 4;
+    // While the products of `run` frequencies of a panel are computed, their weights of the next one.
+    auto prefetch = [&](int f, int n, int run) {
+      if (!first_step_) return;
+      int next_f = f, next_n = n + tile.panels;
+      if (next_n >= panel_end) {
+        next_f = f + run;
+        next_n = panel_begin;
+      }
+      if (next_f >= frequencies) {
+        ahead.weights(after(l, panel_begin, panels(st)), {}, steps * run);
+        return;
+      }
+      const char* const first = weights(st) + next_n * st.pack.panel_bytes + next_f * frequency_bytes;
+      ahead.weights({first, run * frequency_bytes},
+                    {first + st.pack.panel_bytes, tile.panels > 1 ? run * frequency_bytes : 0}, steps * run);
+    };
     auto multiply = [&](int f, int n, float* first_product) {
       GemmArgs args{};
       args.lda = g.pitch * 4;
@@ -920,19 +1009,22 @@ class Unit {
         args.a[1] = args.a[0] + tile.sub * args.lda;
         args.c = first_product + f * product + t * panel;
         args.c2 = args.c + panel_products;
-        ahead(lines, args);
-        tile.gemm(args);
+        ahead.multiply(tile.gemm, args);
       }
     };
     if (!by_panel)
       for (int f = 0; f < frequencies; ++f)
-        for (int n = panel_begin; n < panel_end; n += tile.panels)
+        for (int n = panel_begin; n < panel_end; n += tile.panels) {
+          prefetch(f, n, 1);
           multiply(f, n, products + (n - panel_begin) * panel_products);
+        }
     int32_t dst[kMaxTileRows];
     for (int n = panel_begin; n < panel_end; ++n) {
       const int slot = (n - panel_begin) % kept;
-      if (by_panel && slot == 0)
+      if (by_panel && slot == 0) {
+        prefetch(0, n, frequencies);
         for (int f = 0; f < frequencies; ++f) multiply(f, n, products);
+      }
       const float* const p = products + slot * panel_products;
       EpilogueArgs e = epilogue_args(l, st, out, shortcut, n);
       e.rows = pixels;
@@ -982,7 +1074,9 @@ class Unit {
 // a step stay in L2. Measured on ResNet-50's blocks, half and double cost up to 5%.
 constexpr int64_t kUnitBytes = 800;
 constexpr int64_t kStepBytes = 896;
-constexpr int kSplitPixels = 128;  // fewer output pixels per thread than this: threads share channels
+constexpr int kSplitPixels = 128;  // fewer output pixels per thread, and more weights than stay in L2: threads share
+                                   // channels
+constexpr int64_t kKeptWeights = 1 << 20;
 
 Schedule choose_schedule(const Chain& chain, int threads) {
   const Block& b = chain.block;
@@ -1001,7 +1095,7 @@ Schedule choose_schedule(const Chain& chain, int threads) {
   const int64_t share = std::max(1, b.n / threads);
   const int64_t wanted = std::clamp<int64_t>(ceil_div(kUnitBytes / element, pixels), 1, share);
   p.images = static_cast<int>(ceil_div(share, ceil_div(share, wanted)));
-  p.split_channels = threads > 1 && b.n * pixels < int64_t{kSplitPixels} * threads;
+  p.split_channels = threads > 1 && b.n * pixels < int64_t{kSplitPixels} * threads && chain.weights() > kKeptWeights;
   if (p.split_channels) {
     p.images = b.n;
     p.bands = 1;
@@ -1059,7 +1153,8 @@ class Region {
     }
     done_ = std::make_unique<std::atomic<int>[]>(static_cast<size_t>(groups_));
     by_image_ = std::all_of(first, last, [&](const Chain& c) { return c.plan.bands == 1 && same_groups(c, *first); }) &&
-                kept_weights() <= kKeptWeights;
+                std::accumulate(first, last, int64_t{0},
+                                [](int64_t sum, const Chain& c) { return sum + c.weights(); }) <= kKeptWeights;
   }
 
   void run(const Parallel& parallel) {
@@ -1069,29 +1164,18 @@ class Region {
   }
 
  private:
-  // All weights of a sequence that stay in L2: a thread then takes its images through all the blocks.
-  static constexpr int64_t kKeptWeights = 1 << 20;
   const Chain* chains_;
   int count_;
   int64_t units_ = 0, groups_ = 0;
   std::vector<int64_t> first_unit_, first_group_;  // of each chain
   std::unique_ptr<std::atomic<int>[]> done_;       // units of each group of images
   std::atomic<int64_t> next_{0};
-  bool by_image_;
+  bool by_image_;  // all weights stay in L2: a thread takes its images through all the blocks
 
   int64_t groups(int i) const { return ceil_div(chains_[i].block.n, chains_[i].plan.images); }
   static bool same_groups(const Chain& a, const Chain& b) {
     return a.block.n == b.block.n && a.plan.images == b.plan.images;
   }
-  int64_t kept_weights() const {
-    int64_t bytes = 0;
-    for (int i = 0; i < count_; ++i) {
-      for (int l = 0; l < chains_[i].count; ++l) bytes += chains_[i].stages[l].pack.bytes;
-      if (chains_[i].block.has_projection) bytes += chains_[i].projection.pack.bytes;
-    }
-    return bytes;
-  }
-
   void work() {
     if (by_image_) {
       for (int64_t group; (group = next_.fetch_add(1, std::memory_order_relaxed)) < groups(0);)
@@ -1154,6 +1238,7 @@ void run_sequence(const Kernels& kernels, const std::vector<Block>& blocks, cons
     if (b.n == 0 || chain.final_h <= 0 || chain.final_w <= 0) return;
     chain.fit(choose_schedule(chain, parallel.threads));
   }
+  for (size_t i = 0; i + 1 < chains.size(); ++i) chains[i].next = &chains[i + 1];
   for (size_t i = 0, end; i < chains.size(); i = end) {
     end = i + 1;
     if (chains[i].plan.split_channels) {

@@ -41,11 +41,12 @@ struct GemmArgs {
   const char* b2;  // the next panel and its results: wide tiles only
   float* c2;
   bool accumulate;
-  int segment;           // words of a tap that are added up in one chain; the chains are added in memory (float32 only)
-  const char* prefetch;  // into L2 meanwhile: prefetch_lines cache lines in front of every tap
+  int segment;  // words of a tap that are added up in one chain; the chains are added in memory (float32 only)
+  // Into L2 meanwhile, `prefetch_lines` cache lines a step of products; moved on past those that were asked for.
+  const char *prefetch, *prefetch_end;
   int prefetch_lines;
 };
-using GemmFn = void (*)(const GemmArgs&);
+using GemmFn = void (*)(GemmArgs&);
 
 // out[dst[i]] = relu?(c[i] * scale + shift + residual[i]), for every row i with dst[i] >= 0.
 struct EpilogueArgs {
@@ -110,6 +111,7 @@ struct Kernels {
   int bf16_sub, bf16_narrow_sub;  // heights of a sub-tile for bfloat16; 0: no such instruction, compute in float32
   int bf16_word_multiple;         // words per tap are padded to a multiple of this ...
   int bf16_narrow_multiple;       // ... and for narrow panels
+  int f32_step, bf16_step;        // words of a tap that are one step
   GemmFn gemm_bf16, gemm_bf16_narrow;
   // Per thread, around runs of gemm_bf16 or of gemm_bf16_narrow (AMX tile configuration).
   void (*begin)(bool is_narrow);

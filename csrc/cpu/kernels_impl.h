@@ -78,14 +78,18 @@ RF_INLINE void gemm_steps(Vec (&c)[2 * Sub][Vectors], const char* const (&base)[
   }
 }
 
-RF_INLINE void prefetch_for_tap(const GemmArgs& args, int tap) {
-  const char* p = args.prefetch + static_cast<ptrdiff_t>(tap) * args.prefetch_lines * 64;
-  for (int i = 0; i < args.prefetch_lines; ++i) __builtin_prefetch(p + i * 64, 0, 2);
+// In every step: many at once would fill the buffers that the products' own operands come through.
+RF_INLINE void prefetch_lines(const GemmArgs& args, const char*& p) {
+  if (p >= args.prefetch_end) return;
+#pragma GCC unroll 1
+  for (int i = 0; i < args.prefetch_lines; ++i, p += 64) __builtin_prefetch(p, 0, 2);
 }
 
+constexpr int kUnroll = 4;
+
 template <class Product, int Sub, int Vectors>
-void gemm(const GemmArgs& args) {
-  constexpr int kUnroll = 4, kPanels = panels_of<Vectors>(), kColumns = columns_of<Vectors>();
+void gemm(GemmArgs& args) {
+  constexpr int kPanels = panels_of<Vectors>(), kColumns = columns_of<Vectors>();
   float* const out[2] = {args.c, args.c2};
   Vec c[2 * Sub][Vectors];
   auto clear = [&]() __attribute__((always_inline)) {
@@ -113,9 +117,9 @@ void gemm(const GemmArgs& args) {
   };
   clear();
   const ptrdiff_t lda = args.lda;
+  const char* ahead = args.prefetch;
   int chain = args.tap_count ? args.taps[0].chain : 0;
   for (int t = 0; t < args.tap_count; ++t) {
-    prefetch_for_tap(args, t);
     const char* base[2][(Sub + 2) / 3];
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
@@ -133,6 +137,7 @@ void gemm(const GemmArgs& args) {
       }
       int left = args.words - k0 < args.segment ? args.words - k0 : args.segment;
       for (; left >= kUnroll; left -= kUnroll) {
+        prefetch_lines(args, ahead);
         gemm_steps<Product, Sub, Vectors, kUnroll>(c, base, lda, 0, b);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
@@ -151,6 +156,7 @@ void gemm(const GemmArgs& args) {
     }
   }
   flush();
+  args.prefetch = ahead;
 }
 
 // ---- AMX tile --------------------------------------------------------------------------------------------------
@@ -177,7 +183,7 @@ RF_INLINE void prefetch_amx_rows(const char* p, ptrdiff_t pitch) {
 }
 
 // The hardware does not prefetch for tile loads; asking for the operands two steps ahead takes 10-40% off a block.
-void gemm_amx(const GemmArgs& args) {
+void gemm_amx(GemmArgs& args) {
   constexpr int kRowBytes = kPanel * 4, kStepBytes = 16 * kRowBytes, kAhead = 2;
   if (args.accumulate) {
     _tile_loadd(0, args.c, kRowBytes);
@@ -190,12 +196,13 @@ void gemm_amx(const GemmArgs& args) {
     _tile_zero(2);
     _tile_zero(3);
   }
+  const char* ahead = args.prefetch;
   for (int t = 0; t < args.tap_count; ++t) {
-    prefetch_for_tap(args, t);
     const char* a0 = args.a[0] + args.taps[t].a;
     const char* a1 = args.a[1] + args.taps[t].a;
     const char* b = args.b + args.taps[t].b;
     for (int k = 0; k < args.words; k += 16) {  // loads between products: they then hide behind them
+      prefetch_lines(args, ahead);
       _tile_loadd(4, a0, args.lda);
       _tile_loadd(6, b, kRowBytes);
       prefetch_amx_rows<8>(a0 + kAhead * 64, args.lda);
@@ -221,11 +228,12 @@ void gemm_amx(const GemmArgs& args) {
   _tile_stored(1, args.c + 16, kRowBytes);
   _tile_stored(2, args.c + 16 * kPanel, kRowBytes);
   _tile_stored(3, args.c + 16 * kPanel + 16, kRowBytes);
+  args.prefetch = ahead;
 }
 
 // Two sub-tiles of 32 rows by one block of columns: four accumulators, each of which waits for its last product. Steps
 // of 16 words, and a last one of 8 where that is what is left.
-void gemm_amx_narrow(const GemmArgs& args) {
+void gemm_amx_narrow(GemmArgs& args) {
   constexpr int kRowBytes = kLanes * 4, kStepBytes = 16 * kRowBytes, kTileFloats = 16 * kLanes;
   if (args.accumulate) {
     _tile_loadd(0, args.c, kRowBytes);
@@ -239,13 +247,14 @@ void gemm_amx_narrow(const GemmArgs& args) {
     _tile_zero(3);
   }
   const ptrdiff_t lower = 16 * args.lda;
+  const char* ahead = args.prefetch;
   for (int t = 0; t < args.tap_count; ++t) {
-    prefetch_for_tap(args, t);
     const char* a0 = args.a[0] + args.taps[t].a;
     const char* a1 = args.a[1] + args.taps[t].a;
     const char* b = args.b + args.taps[t].b;
     int k = args.words;
     for (; k >= 16; k -= 16) {
+      prefetch_lines(args, ahead);
       _tile_loadd(5, b, kRowBytes);
       _tile_loadd(4, a0, args.lda);
       _tile_dpbf16ps(0, 4, 5);
@@ -275,6 +284,7 @@ void gemm_amx_narrow(const GemmArgs& args) {
   _tile_stored(1, args.c + kTileFloats, kRowBytes);
   _tile_stored(2, args.c + 2 * kTileFloats, kRowBytes);
   _tile_stored(3, args.c + 3 * kTileFloats, kRowBytes);
+  args.prefetch = ahead;
 }
 #endif
 
@@ -572,6 +582,7 @@ constexpr Kernels make_table() {
   k.gemm_f32_wide = gemm<F32Product, kWideSub, 4>;
 #endif
   k.bf16_word_multiple = k.bf16_narrow_multiple = 1;
+  k.f32_step = k.bf16_step = kUnroll;
   k.begin = nothing;
   k.end = nothing;
 #if defined(__AMX_BF16__)
@@ -579,6 +590,7 @@ constexpr Kernels make_table() {
   k.bf16_narrow_sub = 32;
   k.bf16_word_multiple = 16;
   k.bf16_narrow_multiple = 8;
+  k.bf16_step = 16;
   k.gemm_bf16 = gemm_amx;
   k.gemm_bf16_narrow = gemm_amx_narrow;
   k.begin = amx_begin;
