@@ -23,6 +23,10 @@ constexpr double kLaunch = 4e-6;       // of one parallel region
 constexpr double kVendorCall = 40e-6;
 constexpr int64_t kKeptWeights = 1 << 20;                          // bytes that stay in L2 beside pixels
 constexpr double kOwnEfficiency = 0.88, kVendorEfficiency = 0.85;  // share of the peak outside memory traffic
+// Winograd's products are of as many rows as there are tiles of pixels, a few at batch 1: in tiles of about
+// kWinogradRows, with new weights after each few of them.
+constexpr double kWinogradEfficiency = 0.8;
+constexpr int64_t kWinogradRows = 6;
 constexpr double kVendorAmx = 0.6;  // basic blocks of 16 to 128 channels take oneDNN 1.5 to 2.4 times as long as ours
 
 double rate(Isa isa, bool bf16) {
@@ -68,9 +72,10 @@ double layer_seconds(const Kernels& kernels, DType dtype, const Layer& layer, in
   const int m = winograd_m(layer.algorithm);
   if (m) {
     const double tiles = static_cast<double>(n) * padded(out_h, m) / m * (padded(out_w, m) / m);
-    const double products = 2.0 * tiles * (m + 2) * (m + 2) * s.c * columns;
+    const double products =
+        2.0 * padded(static_cast<int64_t>(tiles), kWinogradRows) * (m + 2) * (m + 2) * s.c * columns;
     const double moved = tiles * (m + 2) * (m + 2) * 4 * 2 * (s.c + columns);
-    return products / (rate(kernels.isa, false) * kOwnEfficiency) + moved / kInCache;
+    return products / (rate(kernels.isa, false) * kWinogradEfficiency) + moved / kInCache;
   }
   const double words = static_cast<double>(pack.words) * pack.taps * (pack.bf16 ? 2 : 1);
   const double pixels = static_cast<double>(n) * out_h * out_w;
