@@ -31,9 +31,9 @@ constexpr int64_t kPanelLimit = 200 * 1024;  // larger panels are taken one tap 
 // accuracy="strict" needs 64 (4%) to stay within 1.9 times on every block of ResNet-18, 34 and 50, images of 33 to 224
 // pixels; 128 gave 2.9. So does a transition (3.5 times with 256, 3.0 with 128): unfused, its errors are averaged too.
 constexpr int kSegment = 128, kFineSegment = 64;
-constexpr int64_t kAheadBytes = 512 * 1024;   // of x, prefetched into L2 at most
+constexpr int64_t kAheadBytes = 512 * 1024;    // of x, prefetched into L2 at most
 constexpr int64_t kAheadWeights = 128 * 1024;  // of the next layer's
-constexpr int64_t kGroupBytes = 512 * 1024;   // of A, gathered at once
+constexpr int64_t kGroupBytes = 512 * 1024;    // of A, gathered at once
 
 template <class T>
 T round_up(T v, T unit) {
@@ -1074,8 +1074,10 @@ class Unit {
 // a step stay in L2. Measured on ResNet-50's blocks, half and double cost up to 5%.
 constexpr int64_t kUnitBytes = 800;
 constexpr int64_t kStepBytes = 896;
-constexpr int kSplitPixels = 128;  // fewer output pixels per thread, and more weights than stay in L2: threads share
-                                   // channels
+// Threads share channels where there are fewer output pixels per thread than this and more weights than stay in L2, or
+// too few rows for all.
+constexpr int kSplitPixels = 128;
+constexpr int kBandRows = 4;  // at least
 constexpr int64_t kKeptWeights = 1 << 20;
 
 Schedule choose_schedule(const Chain& chain, int threads) {
@@ -1095,17 +1097,19 @@ Schedule choose_schedule(const Chain& chain, int threads) {
   const int64_t share = std::max(1, b.n / threads);
   const int64_t wanted = std::clamp<int64_t>(ceil_div(kUnitBytes / element, pixels), 1, share);
   p.images = static_cast<int>(ceil_div(share, ceil_div(share, wanted)));
-  p.split_channels = threads > 1 && b.n * pixels < int64_t{kSplitPixels} * threads && chain.weights() > kKeptWeights;
+  const bool few = b.n * pixels < int64_t{kSplitPixels} * threads,
+             shares_rows = b.n >= threads || out_h >= kBandRows * threads;
+  p.split_channels = threads > 1 && few && (chain.weights() > kKeptWeights || !shares_rows);
   if (p.split_channels) {
     p.images = b.n;
     p.bands = 1;
     p.rows = out_h;
     return p;
   }
-  // Bands until the units share out evenly, of four rows at least.
+  // Bands until the units share out evenly.
   const int64_t groups = ceil_div(b.n, p.images);
   p.bands = 1;
-  while (p.bands < threads && out_h >= 4 * (p.bands + 1) &&
+  while (p.bands < threads && out_h >= kBandRows * (p.bands + 1) &&
          ceil_div(groups * p.bands, threads) * threads * 10 > groups * p.bands * 11)
     ++p.bands;
   const int band = static_cast<int>(ceil_div(out_h, p.bands));
