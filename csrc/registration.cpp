@@ -55,6 +55,9 @@ struct Recording {
     int64_t c;                   // channels of x
     std::array<int64_t, 4> out;  // NCHW
     int x, residual;             // the step whose output that is; kInput: the recording's x
+    // A dense block: `block` is its x and its buffer, as an image.
+    cpu::DenseShape dense{};
+    std::vector<cpu::Block> layers{};
     int64_t out_bytes() const { return out[0] * out[1] * out[2] * out[3] * cpu::element_size(block.dtype); }
   };
   static constexpr int kInput = -1, kUnknown = -2;
@@ -74,10 +77,10 @@ struct Recording {
       if (steps[i].block.out == data) return i;
     return data == x ? kInput : kUnknown;
   }
-  void add(const cpu::Block& block, int64_t c, const std::array<int64_t, 4>& out) {
+  Step& add(const cpu::Block& block, int64_t c, const std::array<int64_t, 4>& out) {
     const Step step{block, c, out, source(block.x), block.residual ? source(block.residual) : kInput};
     plain = plain && step.x != kUnknown && step.residual != kUnknown;
-    steps.push_back(step);
+    return steps.emplace_back(step);
   }
 };
 thread_local std::unique_ptr<Recording> recording;
@@ -360,7 +363,7 @@ Tensor cpu_dense_block(const Tensor& x, Tensors in_scale, Tensors in_shift, Tens
   for (const Tensors* list : {&in_scale, &in_shift, &w1, &s1, &b1})
     STD_TORCH_CHECK(list->size() == count, "expected a tensor for each of ", count, " layers, got ", list->size());
   STD_TORCH_CHECK(count > 0, "w2: expected at least one layer");
-  const cpu::Block image = block_of(x);
+  cpu::Block image = block_of(x);
   cpu::DenseShape shape;
   shape.n = image.n;
   shape.h = image.h;
@@ -381,7 +384,13 @@ Tensor cpu_dense_block(const Tensor& x, Tensors in_scale, Tensors in_shift, Tens
     last = layer_of(w2[i], last.shape, last.algorithm, last.relu, "w2");
     layers.push_back(b);
   }
-  if (recording) recording->plain = false;
+  if (recording) {
+    image.out = out.mutable_data_ptr();
+    Recording::Step& step = recording->add(image, shape.c, {shape.n, shape.channels(shape.count), shape.h, shape.w});
+    step.dense = shape;
+    step.layers = std::move(layers);
+    return out;
+  }
   cpu::run_dense_block(cpu::kernels(), shape, image.x, image.x_pitch, out.mutable_data_ptr(), layers, torch_threads());
   return out;
 }
@@ -418,6 +427,16 @@ struct PoolDelete {
 };
 using Pooled = std::unique_ptr<void, PoolDelete>;
 Pooled pooled(int64_t bytes) { return Pooled(cpu::pool_allocate(static_cast<size_t>(bytes))); }
+
+// A recorded dense block, on another image and into another buffer.
+void run_dense(const Recording::Step& step, const void* x, void* buffer) {
+  std::vector<cpu::Block> layers = step.layers;
+  for (cpu::Block& b : layers) {
+    b.out = static_cast<char*>(buffer) + (static_cast<char*>(b.out) - static_cast<char*>(step.block.out));
+    b.x = buffer;
+  }
+  cpu::run_dense_block(cpu::kernels(), step.dense, x, step.block.x_pitch, buffer, layers, torch_threads());
+}
 
 // Recordings, each on the output of the one before.
 Tensor cpu_replay(const Tensor& x, Tensors recordings) {
@@ -482,15 +501,25 @@ Tensor cpu_replay(const Tensor& x, Tensors recordings) {
     free->from = i;
     data[i] = free->data;
   }
+  auto source = [&](int from) -> const void* { return from < 0 ? x.const_data_ptr() : data[from]; };
   std::vector<cpu::Block> blocks;
+  auto run = [&] {
+    if (!blocks.empty()) cpu::run_sequence(cpu::kernels(), blocks, torch_threads());
+    blocks.clear();
+  };
   for (int i = 0; i < count; ++i) {
-    cpu::Block& b = blocks.emplace_back(links[i].step->block);
-    auto source = [&](int from) -> const void* { return from < 0 ? x.const_data_ptr() : data[from]; };
+    const Recording::Step& step = *links[i].step;
+    if (!step.layers.empty()) {
+      run();
+      run_dense(step, source(links[i].x), data[i]);
+      continue;
+    }
+    cpu::Block& b = blocks.emplace_back(step.block);
     b.x = source(links[i].x);
     if (b.residual) b.residual = source(links[i].residual);
     b.out = data[i];
   }
-  cpu::run_sequence(cpu::kernels(), blocks, torch_threads());
+  run();
   return out;
 }
 

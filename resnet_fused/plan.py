@@ -93,6 +93,10 @@ MAX_VENDOR_SUM = 128
 chain, whose error reached 3.4 times eager's on the 256 products of a 1x1 layer, 6 times on the 4608 of a late 3x3."""
 
 
+CALL_SECONDS = 50e-6
+"""Of one more op for the CPU, dispatched from Python: 20 us alone, 50 to 100 after a kernel that filled the caches."""
+
+
 def _vendor_inexact(shape: Shape, dtype: torch.dtype, accuracy: str) -> str | None:
     """Why oneDNN is not accurate enough where there is a choice, None if it is."""
     longest = max(layer.c // layer.groups * layer.r * layer.s for layer in shape.layers())
@@ -120,7 +124,7 @@ def _cpu_candidates(
             found.append(_Candidate("cpu", algorithm, False, _price(shape, dtype, algorithm, state[0])))
     if not isinstance(shape, Conv | Transition):  # the layer of a transition is not all of it
         layers = [choose(layer, dtype, device, "cpu", accuracy, state) for layer in shape.layers()]
-        seconds = sum(layer.seconds[0][1] for layer in layers)
+        seconds = sum(layer.seconds[0][1] for layer in layers) + CALL_SECONDS * (len(layers) - 1)
         found.append(_Candidate("cpu", "layers", True, seconds, "" if why_not is None else f", {why_not}"))
     return found
 

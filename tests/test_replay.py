@@ -114,6 +114,46 @@ def test_neighbours_are_one_call(fast, replays):
     assert replays == [1, 3, 2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bottlenecks", [True, False], ids=["bc", "plain"])
+def test_dense_blocks(replays, bottlenecks, dtype):
+    torch.manual_seed(0)
+    model = rf.models.DenseNet(8, (3, 2), 16, 4 if bottlenecks else None, small_images=True)
+    fast = rf.fuse(rf.models.randomize_batchnorms(model).eval().to(dtype), backend="cpu")
+    first, second = (torch.randn(2, 3, 12, 9, dtype=dtype) for _ in range(2))
+    with torch.no_grad():
+        for x in (first, second):  # the second time in other memory
+            expected = one_by_one(fast, x)
+            replays.clear()
+            assert torch.equal(fast(x), expected)
+            assert replays == [3]  # block, transition, block
+        outputs = [fast(x) for x in (first, second, first)]
+    assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_blocks_share_one_parallel_region(n, threads):
+    """Bands and images of one block start when what they read of the block before is there, whoever computes it."""
+    torch.manual_seed(0)
+    blocks = [plain.BasicBlock(16, 32, 2, projection(16, 32, 2)), *(plain.BasicBlock(32, 32) for _ in range(6))]
+    fast = rf.fuse(rf.models.randomize_batchnorms(nn.Sequential(*blocks)).eval(), backend="cpu")
+    x = torch.randn(n, 16, 33, 20).to(memory_format=torch.channels_last)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            h = x
+            for block in fast:  # one call each
+                h = block(h)
+            torch.set_num_threads(threads)
+            for _ in range(20):
+                assert torch.allclose(fast(x), h, rtol=1e-5, atol=1e-5)
+            same(fast, x)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_block_alone_gives_its_own_output(fast, replays):
     with torch.no_grad():
         h = fast.layer1[0](fast.stem(X))
