@@ -20,15 +20,6 @@ constexpr int kSubMax = 2, kNarrowSub = 4;
 #endif
 constexpr int kPanel = 2 * kLanes;
 
-struct F32Product {
-  static RF_INLINE Vec apply(Vec a, Vec b, Vec c) { return fma(a, b, c); }
-};
-#if defined(__AVX512BF16__)
-struct Bf16Product {
-  static RF_INLINE Vec apply(Vec a, Vec b, Vec c) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)a); }
-};
-#endif
-
 // The asm keeps GCC from carrying elements of A between rows and iterations in registers that it does not have.
 RF_INLINE Vec broadcast(const char* p) {
 #if defined(__AVX512F__)
@@ -45,6 +36,24 @@ RF_INLINE Vec broadcast(const char* p) {
   return splat(f);
 #endif
 }
+
+// c + a * b; apply_at: of the word of A at `a`, for the one product that takes it.
+struct F32Product {
+  static RF_INLINE Vec apply(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+  static RF_INLINE void apply_at(const char* a, Vec b, Vec& c) {
+#if defined(__AVX512F__)
+    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*reinterpret_cast<const float*>(a)));
+#else
+    c = apply(broadcast(a), b, c);
+#endif
+  }
+};
+#if defined(__AVX512BF16__)
+struct Bf16Product {
+  static RF_INLINE Vec apply(Vec a, Vec b, Vec c) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)a); }
+  static RF_INLINE void apply_at(const char* a, Vec b, Vec& c) { c = apply(broadcast(a), b, c); }
+};
+#endif
 
 // `Unroll` steps of k for `Vectors` vectors of output channels: one panel, or two where there are four. Rows are
 // addressed as three per base pointer (base, base + lda, base + 2 * lda), which x86 encodes: 14 rows need 6 pointers
@@ -69,8 +78,13 @@ RF_INLINE void gemm_steps(Vec (&c)[2 * Sub][Vectors], const char* const (&base)[
     for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 16
       for (int i = 0; i < Sub; ++i) {
-        const Vec a = broadcast(base[half][i / 3] + k + (i % 3) * lda + u * 4);
+        const char* const p = base[half][i / 3] + k + (i % 3) * lda + u * 4;
         Vec(&row)[Vectors] = c[half * Sub + i];
+        if (Vectors == 1) {
+          Product::apply_at(p, columns[0], row[0]);
+          continue;
+        }
+        const Vec a = broadcast(p);
 #pragma GCC unroll 4
         for (int j = 0; j < Vectors; ++j) row[j] = Product::apply(a, columns[j], row[j]);
       }
