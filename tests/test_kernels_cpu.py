@@ -16,7 +16,7 @@ from support import (
     stem_cases,
 )
 
-from resnet_fused.kernels import cpu
+from resnet_fused.kernels import cpu, native
 
 
 def run(case: Case, algorithm: str) -> torch.Tensor:
@@ -96,6 +96,9 @@ LARGE = {
     "stage 2, first": EXAMPLES["bottleneck"](n=1, c=256, h=56, w=56, mid=128, out=512),
     "stage 4, narrower": EXAMPLES["bottleneck"](n=2, c=512, h=7, w=7, mid=128, out=512, stride=1),
     "basic, stage 1": EXAMPLES["basic_block"](n=1, c=64, h=56, w=56, mid=64, out=64),
+    "basic, 16 channels": EXAMPLES["basic_block"](n=2, c=16, h=32, w=32, mid=16, out=16, stride=1),
+    "basic, from 16 channels": EXAMPLES["basic_block"](n=1, c=16, h=32, w=32, mid=32, out=32, stride=2),
+    "16 channels between": EXAMPLES["bottleneck"](n=1, c=64, h=32, w=32, mid=16, out=64, stride=1),
     "stem": EXAMPLES["stem"](n=1, h=112, w=97, k=64),
 }
 
@@ -103,6 +106,7 @@ LARGE = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
 def test_large(isa, case, dtype):
+    native.bindings.poison_workspaces()
     check(case.to(dtype))
 
 

@@ -132,11 +132,16 @@ def test_dense_blocks(replays, bottlenecks, dtype):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("n", [1, 2, 5, 13])
 def test_blocks_share_one_parallel_region(n, threads):
     """Bands and images of one block start when what they read of the block before is there, whoever computes it."""
     torch.manual_seed(0)
-    blocks = [plain.BasicBlock(16, 32, 2, projection(16, 32, 2)), *(plain.BasicBlock(32, 32) for _ in range(6))]
+    blocks = [
+        plain.BasicBlock(16, 32, 2, projection(16, 32, 2)),
+        *(plain.BasicBlock(32, 32) for _ in range(4)),
+        plain.BasicBlock(32, 96, 2, projection(32, 96, 2)),  # more images at once, as they are smaller
+        *(plain.BasicBlock(96, 96) for _ in range(2)),
+    ]
     fast = rf.fuse(rf.models.randomize_batchnorms(nn.Sequential(*blocks)).eval(), backend="cpu")
     x = torch.randn(n, 16, 33, 20).to(memory_format=torch.channels_last)
     before = torch.get_num_threads()
