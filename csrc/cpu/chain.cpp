@@ -1191,19 +1191,24 @@ class Region {
       while (i + 1 < count_ && unit >= first_unit_[i + 1]) ++i;
       const int64_t group = (unit - first_unit_[i]) / chains_[i].plan.bands;
       if (i > 0) wait_for(i - 1, same_groups(chains_[i - 1], chains_[i]) ? group : -1);
+      const Done done{done_[first_group_[i] + group]};
       run_unit(chains_[i], group, static_cast<int>((unit - first_unit_[i]) % chains_[i].plan.bands));
-      // A locked instruction on x86: it also orders the non-temporal stores of the output.
-      done_[first_group_[i] + group].fetch_add(1, std::memory_order_acq_rel);
     }
   }
+  // Counts a unit, also one that throws: nobody waits for it forever, and the region throws when all have ended.
+  struct Done {
+    std::atomic<int>& count;
+    // A locked instruction on x86: it also orders the non-temporal stores of the output.
+    ~Done() { count.fetch_add(1, std::memory_order_acq_rel); }
+  };
 
   // Until a group of images (-1: all) has been through a chain, and so through those before it.
   void wait_for(int i, int64_t group) const {
     const int64_t begin = first_group_[i] + std::max<int64_t>(0, group);
     const int64_t end = group < 0 ? first_group_[i] + groups(i) : begin + 1;
     for (int64_t g = begin; g < end; ++g)
-      for (int spins = 0; done_[g].load(std::memory_order_acquire) < chains_[i].plan.bands; ++spins)
-        spins < kSpins ? pause() : std::this_thread::yield();
+      for (int spins = 0; done_[g].load(std::memory_order_acquire) < chains_[i].plan.bands;)
+        spins < kSpins ? (++spins, pause()) : std::this_thread::yield();
   }
   static constexpr int kSpins = 4096;  // about 100 us
   static void pause() {
