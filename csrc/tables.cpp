@@ -139,14 +139,9 @@ std::vector<Row> kernel_table() {
   for (int i = 0; i < kIsaCount; ++i) {
     if (!isa_runs(static_cast<Isa>(i))) continue;
     const Kernels& k = kernels_of(static_cast<Isa>(i));
-    const auto tallest = [](const GemmFn(&gemm)[kMaxSubTile + 1]) {
-      int64_t sub = kMaxSubTile;
-      while (!gemm[sub]) --sub;
-      return sub;
-    };
     for (const char* kernel : {"direct", "winograd2", "winograd4"}) {
-      add(k, kernel, "float32", 2 * tallest(k.gemm_f32), k.panel, 1);
-      add(k, kernel, "float32", 2 * tallest(k.gemm_f32_narrow), k.narrow, 1);
+      add(k, kernel, "float32", 2 * tallest_sub(k.gemm_f32), k.panel, 1);
+      add(k, kernel, "float32", 2 * tallest_sub(k.gemm_f32_narrow), k.narrow, 1);
     }
     if (!k.bf16_sub) continue;
     add(k, "direct", "bfloat16", 2 * k.bf16_sub, k.panel, 2 * k.bf16_word_multiple);

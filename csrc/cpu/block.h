@@ -43,6 +43,15 @@ struct Parallel {
   int threads;
 };
 
+constexpr int64_t kKeptWeights = 1 << 20;  // bytes of weights that stay in L2 beside pixels
+
+// Rows of the tallest sub-tile of gemm_f32 or gemm_f32_narrow.
+inline int tallest_sub(const GemmFn (&gemm)[kMaxSubTile + 1]) {
+  int sub = kMaxSubTile;
+  while (!gemm[sub]) --sub;
+  return sub;
+}
+
 // ---- packed weights (pack.cpp) -----------------------------------------------------------------------------------
 // [group][panel of output channels][tap or frequency][word of input channels][panel], after a header of 64 bytes.
 constexpr uint32_t kPackMagic = 0x52464b31;

@@ -201,10 +201,7 @@ struct Chain {
   int tallest(const PackShape& pack) const {
     const bool narrow = pack.panel == kernels.narrow;
     if (pack.bf16) return narrow ? kernels.bf16_narrow_sub : kernels.bf16_sub;
-    const auto& gemm = narrow ? kernels.gemm_f32_narrow : kernels.gemm_f32;
-    int sub = kMaxSubTile;
-    while (!gemm[sub]) --sub;
-    return sub;
+    return tallest_sub(narrow ? kernels.gemm_f32_narrow : kernels.gemm_f32);
   }
 
   // Rows of a stage's input that `rows` rows of its output read.
@@ -1078,7 +1075,6 @@ constexpr int64_t kStepBytes = 896;
 // too few rows for all.
 constexpr int kSplitPixels = 128;
 constexpr int kBandRows = 4;  // at least
-constexpr int64_t kKeptWeights = 1 << 20;
 
 Schedule choose_schedule(const Chain& chain, int threads) {
   const Block& b = chain.block;
@@ -1180,6 +1176,7 @@ class Region {
   static bool same_groups(const Chain& a, const Chain& b) {
     return a.block.n == b.block.n && a.plan.images == b.plan.images;
   }
+
   void work() {
     if (by_image_) {
       for (int64_t group; (group = next_.fetch_add(1, std::memory_order_relaxed)) < groups(0);)

@@ -21,7 +21,6 @@ constexpr double kLaunch = 4e-6;       // of one parallel region
 // Of one op of torch, dispatched from Python: 20 us when all of that is in the caches, 50 to 100 after a kernel that
 // filled them. The package's own blocks are recorded, and pay it once for a stage.
 constexpr double kVendorCall = 40e-6;
-constexpr int64_t kKeptWeights = 1 << 20;                          // bytes that stay in L2 beside pixels
 constexpr double kOwnEfficiency = 0.88, kVendorEfficiency = 0.85;  // share of the peak outside memory traffic
 // Winograd's products are of as many rows as there are tiles of pixels, a few at batch 1: in tiles of about
 // kWinogradRows, with new weights after each few of them.

@@ -55,9 +55,6 @@ struct Bf16Product {
 };
 #endif
 
-// `Unroll` steps of k for `Vectors` vectors of output channels: one panel, or two where there are four. Rows are
-// addressed as three per base pointer (base, base + lda, base + 2 * lda), which x86 encodes: 14 rows need 6 pointers
-// and one stride, and fit the 16 general registers.
 template <int Vectors>
 constexpr int panels_of() {
   return Vectors > 2 ? 2 : 1;
@@ -66,6 +63,10 @@ template <int Vectors>
 constexpr int columns_of() {  // of a panel
   return Vectors == 1 ? kLanes : kPanel;
 }
+
+// `Unroll` steps of k for `Vectors` vectors of output channels: one panel, or two where there are four. Rows are
+// addressed as three per base pointer (base, base + lda, base + 2 * lda), which x86 encodes: 14 rows need 6 pointers
+// and one stride, and fit the 16 general registers.
 template <class Product, int Sub, int Vectors, int Unroll>
 RF_INLINE void gemm_steps(Vec (&c)[2 * Sub][Vectors], const char* const (&base)[2][(Sub + 2) / 3], ptrdiff_t lda,
                           ptrdiff_t k, const float* const (&b)[panels_of<Vectors>()]) {
