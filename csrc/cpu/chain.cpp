@@ -601,7 +601,8 @@ class Unit {
       }
     };
     if (st.in_place) {
-      const bool runs = s.stride_h == 1 && s.stride_w == 1;  // rows follow each other without a gap
+      // Rows follow each other without a gap, or are gathered pixel by pixel.
+      const bool runs = st.gather || (s.stride_h == 1 && s.stride_w == 1);
       const int length = runs ? rows * w : w, wrap = runs ? w : INT_MAX;
       const int64_t pixels = int64_t{block_.n} * st.in_h * st.in_w;
       for (int image = 0; image < images_; ++image)
@@ -673,7 +674,7 @@ class Unit {
     return choose_tile(st, panel_count, [&](int sub) {
       const bool flat = st.layer->shape.stride_w == 1 && st.layer->shape.stride_h == 1;
       int64_t count = ceil_div(st.out_w, sub) * rows;
-      if (flat && st.in_place) count = ceil_div(int64_t{rows} * st.out_w, sub);
+      if (st.in_place && (flat || st.gather)) count = ceil_div(int64_t{rows} * st.out_w, sub);
       if (flat && !st.in_place) count = std::min(count, ceil_div(int64_t{rows - 1} * st.columns + st.out_w, sub));
       return round_up<int64_t>(count * images_, 2) * sub;
     });

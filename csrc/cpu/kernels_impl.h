@@ -39,19 +39,25 @@ RF_INLINE Vec broadcast(const char* p) {
 
 // c + a * b; apply_at: of the word of A at `a`, for the one product that takes it.
 struct F32Product {
-  static RF_INLINE Vec apply(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+  static RF_INLINE void apply(Vec a, Vec b, Vec& c) {
+#if defined(__AVX512F__)
+    asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+#else
+    c = fma(a, b, c);
+#endif
+  }
   static RF_INLINE void apply_at(const char* a, Vec b, Vec& c) {
 #if defined(__AVX512F__)
     asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*reinterpret_cast<const float*>(a)));
 #else
-    c = apply(broadcast(a), b, c);
+    apply(broadcast(a), b, c);
 #endif
   }
 };
 #if defined(__AVX512BF16__)
 struct Bf16Product {
-  static RF_INLINE Vec apply(Vec a, Vec b, Vec c) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)a); }
-  static RF_INLINE void apply_at(const char* a, Vec b, Vec& c) { c = apply(broadcast(a), b, c); }
+  static RF_INLINE void apply(Vec a, Vec b, Vec& c) { c = (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)a); }
+  static RF_INLINE void apply_at(const char* a, Vec b, Vec& c) { apply(broadcast(a), b, c); }
 };
 #endif
 
@@ -87,7 +93,7 @@ RF_INLINE void gemm_steps(Vec (&c)[2 * Sub][Vectors], const char* const (&base)[
         }
         const Vec a = broadcast(p);
 #pragma GCC unroll 4
-        for (int j = 0; j < Vectors; ++j) row[j] = Product::apply(a, columns[j], row[j]);
+        for (int j = 0; j < Vectors; ++j) Product::apply(a, columns[j], row[j]);
       }
     }
   }
