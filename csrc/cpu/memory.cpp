@@ -90,6 +90,9 @@ void* workspace(Slot slot, size_t bytes) {
     const size_t size = rounded(bytes);
     b.data = system_allocate(size);
     b.size = size;
+    // Register tiles read, and drop, what lies behind the last pixel: what others left there may be denormal numbers,
+    // of which a product takes 150 cycles. A bottleneck of 2048/512 at 7x7 took 6 ms or, by chance, 15 to 37.
+    std::memset(b.data, 0, size);
   }
   return b.data;
 }

@@ -5,12 +5,14 @@
 // Every block runs on every instruction set of this machine with every algorithm that takes it. Inputs lie between
 // guard pages or in exactly sized heap blocks; outputs and workspaces are filled with NaN before the run that counts.
 // Small integers must agree bit for bit, other values with float64 within the rounding of the type.
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 
 #include "cpu/isa.h"
 #include "cpu/memory.h"
@@ -455,6 +457,18 @@ std::string check_pool() {
   return "";
 }
 
+// A fresh workspace is zeros, whatever the memory held before.
+std::string check_workspace() {
+  constexpr size_t kBytes = 300000;
+  for (int i = 0; i < 2; ++i) {
+    auto* const data = static_cast<char*>(workspace(Slot::kTiles, kBytes));
+    if (std::any_of(data, data + kBytes, [](char c) { return c != 0; })) return "a fresh workspace is not zero";
+    std::memset(data, 1, kBytes);
+    release_memory();  // the next one is likely to get this memory
+  }
+  return "";
+}
+
 // ---- which cases ---------------------------------------------------------------------------------------------------
 ConvShape conv(int c, int k, int r, int s, int stride = 1, int pad = 0, int dilation = 1, int groups = 1) {
   return {c, k, r, s, stride, stride, pad, pad, dilation, dilation, groups};
@@ -675,10 +689,12 @@ int main(int argc, char** argv) {
   for (int i = 0; i < case_count; ++i) cases.push_back(random_case(random));
 
   int failures = 0;
-  std::snprintf(current, sizeof current, "pool");
-  if (const std::string error = check_pool(); !error.empty()) {
-    std::printf("FAILED pool: %s\n", error.c_str());
-    ++failures;
+  for (auto [name, check] : {std::pair{"pool", check_pool}, std::pair{"workspace", check_workspace}}) {
+    std::snprintf(current, sizeof current, "%s", name);
+    if (const std::string error = check(); !error.empty()) {
+      std::printf("FAILED %s: %s\n", name, error.c_str());
+      ++failures;
+    }
   }
   std::vector<int> passed(kIsaCount);
   // One problem on every instruction set and with every algorithm. `index` decides how buffers are placed.
