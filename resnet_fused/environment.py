@@ -13,7 +13,10 @@ from ._version import __version__
 from .kernels import cuda, native
 
 LIBRARIES = ("torchvision", "transformers", "triton")
-PEERS = ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch-tensorrt")
+PEERS = (
+    *("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "jax", "jaxlib"),
+    *("tensorrt", "torch-tensorrt"),
+)
 
 
 def device_name(device: str) -> str:

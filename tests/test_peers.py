@@ -19,10 +19,11 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from resnet_fused import bench, cli, peers, report
+from resnet_fused import bench, cli, models, peers, report
 from resnet_fused.errors import InputError
-from resnet_fused.peers import energy, onnxruntime, openvino, race, torch_compile, worker
+from resnet_fused.peers import energy, jax, onnxruntime, openvino, race, torch_compile, worker
 from resnet_fused.peers.peer import EAGER, FUSED, PEER, Peer, Task
+from resnet_fused.peers.traced import traced
 
 JOB = bench.Job("resnet20_cifar", 2, ("fp32",), seconds=0.0)
 TASK = Task("cpu", "fp32", 2, 1)
@@ -275,10 +276,12 @@ def names(*task, **options):
 
 
 def test_contenders():
-    cpu = ["eager", "eager channels_last", "torch.compile, freezing", "ONNX Runtime", "OpenVINO", "fused", "fused fast"]
+    cpu = ["eager", "eager channels_last", "torch.compile, freezing", "ONNX Runtime", "OpenVINO", "JAX"]
+    cpu += ["fused", "fused fast"]
     assert names("cpu", "fp32", 1) == cpu
     gpu = names("cuda", "bf16", 1)
     assert {"eager AMP", "eager channels_last, CUDA graph", "fused, CUDA graph", "cuDNN fused", "TensorRT"} <= set(gpu)
+    assert "JAX" in gpu
     assert len(set(gpu)) == len(gpu)
     assert not any("graph" in name for name in names("cuda", "bf16", 2))
     assert "eager AMP" not in names("cuda", "fp32", 1)
@@ -294,6 +297,10 @@ def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert onnxruntime.absent(TASK) == "onnxruntime and onnx and onnxscript not installed"
     assert openvino.absent(TASK) == "openvino not installed"
+    assert jax.absent(TASK) == "jax not installed"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "plugin" in name else name)
+    assert jax.absent(TASK) is None
+    assert "neither jax_cuda13_plugin nor jax_cuda12_plugin" in jax.absent(Task("cuda", "bf16", 2, 1))
 
 
 class Tiny(nn.Module):
@@ -307,6 +314,13 @@ class Tiny(nn.Module):
         return self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
 
 
+@pytest.fixture
+def restored(monkeypatch):
+    """The environment, which the JAX peer changes, is as before afterwards."""
+    for name in ("NPROC", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+        monkeypatch.setenv(name, "")
+
+
 @pytest.mark.parametrize(
     ("peer", "dtype"),
     [
@@ -314,10 +328,12 @@ class Tiny(nn.Module):
         (openvino.OPENVINO, "fp32"),
         pytest.param(openvino.OPENVINO, "bf16", marks=pytest.mark.thorough),
         pytest.param(torch_compile.FREEZING, "fp32", marks=pytest.mark.thorough),
+        (jax.JAX, "fp32"),
+        (jax.JAX, "bf16"),
     ],
     ids=lambda value: value.name if isinstance(value, Peer) else value,
 )
-def test_peers_compute_the_model(peer, dtype):
+def test_peers_compute_the_model(peer, dtype, restored):
     task = Task("cpu", dtype, 2, 1)
     if reason := peer.absent(task):
         pytest.skip(reason)
@@ -331,6 +347,76 @@ def test_peers_compute_the_model(peer, dtype):
     torch.testing.assert_close(first, expected, rtol=2e-2, atol=1e-5 if dtype == "fp32" else 1e-2)
     assert torch.equal(first, second)
     json.dumps(ready.settings)
+
+
+class Every(nn.Module):
+    """Every operator that a traced model may hold, many of them in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=2, dilation=2, bias=False)
+        self.norm2 = nn.BatchNorm2d(16, affine=False)
+        self.conv3 = nn.Conv2d(16, 16, 1, bias=False)
+        self.fc1, self.fc2 = nn.Linear(32 * 4, 16, bias=False), nn.Linear(48, 4)
+
+    def forward(self, x):
+        x = self.pool(self.stem(x))
+        x += self.norm1(self.conv1(self.norm(x).relu_()))
+        before = x
+        x = self.norm2(self.conv2(x.relu_()))
+        y = nn.functional.pad(before[:, :, ::2, ::2], (0, 0, 0, 0, 3, 5))  # `before` has been through the ReLU
+        y = y.add_(x).relu_()
+        x = torch.cat([y, self.conv3(y)], 1)
+        pooled = nn.functional.avg_pool2d(x, 3, 2, 1)
+        wide = nn.functional.dropout(
+            self.fc1(torch.flatten(nn.functional.adaptive_avg_pool2d(pooled, 2), 1)), 0.5, False
+        )
+        narrow = nn.functional.adaptive_avg_pool2d(pooled, 1)
+        return self.fc2(torch.cat([wide, narrow.mean((2, 3))], -1))
+
+
+@pytest.fixture(scope="module")
+def every():
+    """A model in eval mode, an input, and what they give."""
+    torch.manual_seed(0)
+    model = models.randomize_batchnorms(Every()).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        return model, x, model(x)
+
+
+def targets(module):
+    """Names of the operators in a graph."""
+    return [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+
+
+def test_traced_model(every):
+    model, x, expected = every
+    module = traced(model, x)
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+    assert not [target for target in targets(module) if "_." in target]
+    assert targets(module).count("aten.batch_norm.default") == 1, "that before the convolution; three are folded"
+    assert torch.equal(model(x), expected), "the model is as it was"
+
+
+def test_jax_has_every_operator(every, restored):
+    pytest.importorskip("jax")
+    model, x, expected = every
+    ready = jax.prepare(model, x, TASK)
+    torch.testing.assert_close(ready.logits(ready.call()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_jax_names_the_operator_that_it_lacks(restored):
+    pytest.importorskip("jax")
+    with pytest.raises(NotImplementedError, match=r"aten.gelu.default is not translated to JAX"):
+        jax.prepare(nn.GELU(), torch.ones(1, 1, 2, 2), TASK)
+    with pytest.raises(NotImplementedError, match="ceil_mode=True"):
+        jax.prepare(nn.MaxPool2d(2, ceil_mode=True), torch.ones(1, 1, 3, 3), TASK)
 
 
 # --- energy -------------------------------------------------------------------------------------------------------

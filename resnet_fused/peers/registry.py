@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..errors import InputError
-from . import fused, onnxruntime, openvino, tensorrt, torch_compile, torch_eager
+from . import fused, jax, onnxruntime, openvino, tensorrt, torch_compile, torch_eager
 from .peer import Peer, Task
 
-CPU = (torch_compile.FREEZING, onnxruntime.ONNX_RUNTIME, openvino.OPENVINO)
+CPU = (torch_compile.FREEZING, onnxruntime.ONNX_RUNTIME, openvino.OPENVINO, jax.JAX)
 CUDA = (
     torch_compile.DEFAULT,
     torch_compile.MAX_AUTOTUNE,
@@ -15,6 +15,7 @@ CUDA = (
     onnxruntime.ONNX_RUNTIME,
     tensorrt.TENSORRT,
     tensorrt.TORCH_TENSORRT,
+    jax.JAX,
 )
 
 
