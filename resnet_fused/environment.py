@@ -15,7 +15,7 @@ from .kernels import cuda, native
 LIBRARIES = ("torchvision", "transformers", "triton")
 PEERS = (
     *("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "jax", "jaxlib"),
-    *("tensorrt", "torch-tensorrt"),
+    *("nvidia-cudnn-frontend", "tensorrt", "torch-tensorrt"),
 )
 
 

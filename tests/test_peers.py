@@ -5,11 +5,13 @@ import gc
 import json
 import os
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import fake_cudnn
 import fake_peers
 import numpy
 import pytest
@@ -21,7 +23,7 @@ from typer.testing import CliRunner
 
 from resnet_fused import bench, cli, models, peers, report
 from resnet_fused.errors import InputError
-from resnet_fused.peers import energy, jax, onnxruntime, openvino, race, torch_compile, worker
+from resnet_fused.peers import cudnn_frontend, energy, jax, onnxruntime, openvino, race, torch_compile, worker
 from resnet_fused.peers.peer import EAGER, FUSED, PEER, Peer, Task
 from resnet_fused.peers.traced import traced
 
@@ -281,7 +283,7 @@ def test_contenders():
     assert names("cpu", "fp32", 1) == cpu
     gpu = names("cuda", "bf16", 1)
     assert {"eager AMP", "eager channels_last, CUDA graph", "fused, CUDA graph", "cuDNN fused", "TensorRT"} <= set(gpu)
-    assert "JAX" in gpu
+    assert {"cuDNN frontend", "JAX"} <= set(gpu)
     assert len(set(gpu)) == len(gpu)
     assert not any("graph" in name for name in names("cuda", "bf16", 2))
     assert "eager AMP" not in names("cuda", "fp32", 1)
@@ -298,6 +300,7 @@ def test_missing_packages_are_named(monkeypatch):
     assert onnxruntime.absent(TASK) == "onnxruntime and onnx and onnxscript not installed"
     assert openvino.absent(TASK) == "openvino not installed"
     assert jax.absent(TASK) == "jax not installed"
+    assert cudnn_frontend.absent(TASK) == "cudnn not installed"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "plugin" in name else name)
     assert jax.absent(TASK) is None
     assert "neither jax_cuda13_plugin nor jax_cuda12_plugin" in jax.absent(Task("cuda", "bf16", 2, 1))
@@ -417,6 +420,49 @@ def test_jax_names_the_operator_that_it_lacks(restored):
         jax.prepare(nn.GELU(), torch.ones(1, 1, 2, 2), TASK)
     with pytest.raises(NotImplementedError, match="ceil_mode=True"):
         jax.prepare(nn.MaxPool2d(2, ceil_mode=True), torch.ones(1, 1, 3, 3), TASK)
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """A stand-in for cuDNN, which need not have a GPU."""
+    monkeypatch.setitem(sys.modules, "cudnn", fake_cudnn)
+    monkeypatch.setattr(fake_cudnn, "refused", set())
+    monkeypatch.setattr(fake_cudnn, "streams", [])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=11))
+    return fake_cudnn
+
+
+def test_cudnn_graphs_compute_the_model(every, cudnn):
+    model, x, expected = every
+    ready = cudnn_frontend.prepare(model, x, TASK)
+    with torch.inference_mode():
+        torch.testing.assert_close(ready.logits(ready.call()), expected, rtol=1e-5, atol=1e-5)
+    assert (ready.settings["fused_convolutions"], ready.settings["unfused_convolutions"]) == (4, 0)
+    assert cudnn.streams == [11, 11], "before every pass"
+    json.dumps(ready.settings)
+
+
+def test_what_cudnn_graphs_take_in(every, cudnn):
+    model, x, _ = every
+    module = traced(model, x)
+    layers = cudnn_frontend.fuse_convolutions(module, tf32=False, dtype="fp32", handle="handle")
+    calls = [node for node in module.graph.nodes if node.op == "call_module"]
+    assert [layer.relu for layer in layers] == [True, True, True, False]
+    assert [call.args[1] is not None for call in calls] == [False, True, True, False]
+    assert [target for target in targets(module) if "relu" in target or "add." in target] == ["aten.relu.default"]
+    module(x)
+    assert all(layer.plan[0].notes == ["tensor core"] for layer in layers), "float32 without TF32"
+
+
+def test_convolutions_that_cudnn_refuses(every, cudnn):
+    model, x, expected = every
+    cudnn.refused |= {3, 8}
+    ready = cudnn_frontend.prepare(model, x, TASK)
+    torch.testing.assert_close(ready.logits(ready.call()), expected, rtol=1e-5, atol=1e-5)
+    assert (ready.settings["fused_convolutions"], ready.settings["unfused_convolutions"]) == (1, 3)
+    cudnn.refused |= {16}
+    with pytest.raises(RuntimeError, match="no fused plan for any convolution: no engine"):
+        cudnn_frontend.prepare(model, x, TASK)
 
 
 # --- energy -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import InputError
-from . import fused, jax, onnxruntime, openvino, tensorrt, torch_compile, torch_eager
+from . import cudnn_frontend, fused, jax, onnxruntime, openvino, tensorrt, torch_compile, torch_eager
 from .peer import Peer, Task
 
 CPU = (torch_compile.FREEZING, onnxruntime.ONNX_RUNTIME, openvino.OPENVINO, jax.JAX)
@@ -12,6 +12,7 @@ CUDA = (
     torch_compile.MAX_AUTOTUNE,
     torch_compile.REDUCE_OVERHEAD,
     fused.CUDNN,
+    cudnn_frontend.CUDNN_FRONTEND,
     onnxruntime.ONNX_RUNTIME,
     tensorrt.TENSORRT,
     tensorrt.TORCH_TENSORRT,
