@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import dlpack
@@ -13,7 +14,7 @@ from .traced import traced
 
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
-YNNPACK = {
+YNNPACK: dict[str, Any] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,"
     "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 }
@@ -49,7 +50,7 @@ def prepare(model: nn.Module, x: Tensor, task: Task) -> Ready:
     precision = "default" if task.dtype != "fp32" or allow_tf32(x.device) else "highest"
     with jax.default_matmul_precision(precision):
         lowered = jax.jit(lambda images: lowered_model.run(images)).lower(pictures)
-    options = YNNPACK if task.device == "cpu" else {}
+    options: dict[str, Any] = YNNPACK if task.device == "cpu" else {}
     try:
         compiled = lowered.compile(compiler_options=options)
     except RuntimeError:
