@@ -78,31 +78,6 @@ class Skipped(Fused):
         return x if fusion.why_unfused(x) is None else None
 
 
-class FusedSequential(Fused):
-    """Runs neighbours in an nn.Sequential as one op; the children themselves stay as they are."""
-
-    _fused_steps: tuple[list[nn.Module], list[tuple[tuple[nn.Module, ...], Fusion | None]]] | None = None
-
-    def fusions(self) -> Sequence[Fusion]:
-        """The fused neighbours, in order."""
-        return () if self._fused_steps is None else [fusion for _, fusion in self._fused_steps[1] if fusion is not None]
-
-    def forward(self, input: Any) -> Any:
-        """Each child, or group of fused ones, in turn."""
-        steps = self._fused_steps
-        children = list(self._modules.values())  # type: ignore[attr-defined]
-        if isinstance(input, fx.Proxy) or steps is None or children != steps[0]:
-            return super(Fused, self).forward(input)  # type: ignore[misc]
-        for modules, fusion in steps[1]:
-            output = None if fusion is None else run_fused(fusion, input)
-            if output is None:
-                output = input
-                for module in modules:
-                    output = module(output)
-            input = output
-        return input
-
-
 def run_fused(fusion: Fusion, x: Any) -> Any:
     """The output of a piece, None if its original modules have to run now."""
     output, count = replay.run((fusion,), x)

@@ -1,4 +1,4 @@
-"""Neighbouring blocks in an nn.Sequential, which run together where that may pay.
+"""Neighbours in an nn.Sequential, which run together where that may pay.
 
 The blocks stay fused each on its own. At every call it is looked at anew which of them form a chain: a hook on a block,
 its train mode or another module in its place cut the chain there, and calling a block by itself gives its own output.
@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from . import ops, replay
 from .fusion import BottleneckFusion, Fusion, is_image, is_watched
-from .mixins import Fused
+from .mixins import Fused, run_fused
 from .settings import resolve_backend
+
+Step = tuple[tuple[nn.Module, ...], Fusion | None]
+"""Neighbours in an nn.Sequential, and what runs them as one; None: they are called."""
 
 
 class FusedStage(Fused):
@@ -42,6 +45,31 @@ class FusedStage(Fused):
         return input
 
 
+class FusedSequential(Fused):
+    """Runs neighbours in an nn.Sequential as one op; the children themselves stay as they are.
+
+    On a CPU several such steps, and children that are fused each on its own, are recorded once and then are one call.
+    """
+
+    _fused_steps: tuple[list[nn.Module], list[Step]] | None = None
+
+    def fusions(self) -> Sequence[Fusion]:
+        """The fused neighbours, in order."""
+        return () if self._fused_steps is None else [fusion for _, fusion in self._fused_steps[1] if fusion is not None]
+
+    def forward(self, input: Any) -> Any:
+        """Each child, group of fused ones, or several of those at once, in turn."""
+        steps = self._fused_steps
+        children = list(self._modules.values())  # type: ignore[attr-defined]
+        if isinstance(input, fx.Proxy) or steps is None or children != steps[0]:
+            return super(Fused, self).forward(input)  # type: ignore[misc]
+        i = 0
+        while i < len(steps[1]):
+            input, count = _run_steps(steps[1][i:], input)
+            i += count
+        return input
+
+
 def is_stage(fusions: Sequence[Fusion | None]) -> bool:
     """Whether two neighbours may run together, by what the children of an nn.Sequential run as, in order."""
     return any(a is not None and b is not None for a, b in itertools.pairwise(fusions))
@@ -59,6 +87,23 @@ def _run(children: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
         if len(chain) > 1:
             return _run_chain(chain, x), len(chain)
     return children[0](x), 1
+
+
+def _run_steps(steps: Sequence[Step], x: Any) -> tuple[Any, int]:
+    """Run the first step, or as many as may run together; the output, and how many they were."""
+    found = (fusion or (_fusion(modules[0]) if len(modules) == 1 else None) for modules, fusion in steps)
+    fusions = [*itertools.takewhile(lambda fusion: fusion is not None, found)]
+    if len(fusions) > 1 and is_image(x):
+        heads = [modules[0] for modules, _ in steps[: len(fusions)]]
+        output, count = replay.run(fusions, x, heads)  # type: ignore[arg-type]
+        if count:
+            return output, count
+    modules, fusion = steps[0]
+    if fusion is not None and (fused := run_fused(fusion, x)) is not None:
+        return fused, 1
+    for module in modules:
+        x = module(x)
+    return x, 1
 
 
 def _fusion(child: Any) -> Fusion | None:

@@ -114,6 +114,47 @@ def test_neighbours_are_one_call(fast, replays):
     assert replays == [1, 3, 2]
 
 
+@pytest.fixture
+def mixed():
+    """Layers and blocks, all children of one nn.Sequential."""
+    torch.manual_seed(0)
+    layer = [nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+    last = [nn.Conv2d(64, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(2)]
+    blocks = [plain.Bottleneck(32, 16, 2, projection(32, 64, 2)), plain.BasicBlock(64, 64)]
+    fast = rf.fuse(rf.models.randomize_batchnorms(nn.Sequential(*layer, *blocks, *last)).eval())
+    with torch.no_grad():
+        fast(X)
+    return fast
+
+
+def test_layers_and_blocks_of_a_sequential_are_one_call(mixed, replays):
+    same(mixed)
+    assert replays == [4, 4]
+
+
+@pytest.mark.parametrize("child", [0, 2, 3, 4, 7])
+def test_a_hook_inside_a_sequential_sees_what_passes(mixed, child, replays):
+    with torch.no_grad():
+        expected, seen = mixed(X), []
+        handle = mixed[child].register_forward_hook(lambda module, args, output: seen.append(output))
+        torch.testing.assert_close(mixed(X), expected, rtol=1e-4, atol=1e-5)
+        assert len(seen) == 1
+        handle.remove()
+        replays.clear()
+        assert torch.equal(mixed(X), expected)
+    assert replays == [4]
+
+
+def test_another_child_of_a_sequential_is_called(mixed):
+    with torch.no_grad():
+        expected = mixed(X)
+        mixed[3] = nn.Conv2d(32, 64, 1, 2)
+        mixed[4].forward = torch.zeros_like
+        y = mixed(X)
+    assert y.shape == expected.shape and not torch.equal(y, expected)
+    assert torch.equal(y, mixed[5:](torch.zeros(len(X), 64, *[(size + 1) // 2 for size in X.shape[2:]])))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bottlenecks", [True, False], ids=["bc", "plain"])
 def test_dense_blocks(replays, bottlenecks, dtype):

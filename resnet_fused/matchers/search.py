@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from ..fusion import Fusion, Settings
-from ..mixins import Fused, FusedSequential, Skipped, original_class
-from ..stages import FusedStage, is_stage
+from ..mixins import Fused, Skipped, original_class
+from ..stages import FusedSequential, FusedStage, is_stage
 from .blocks import match_block
 from .chains import Place, last_of_sequential, match_chain, sequential_runs, traced_runs
 from .graphs import match_graph
