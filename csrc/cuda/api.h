@@ -77,6 +77,22 @@ struct BasicBlockParams {
   int p = 0, q = 0;
 };
 
+// A bottleneck with an identity shortcut from its 3x3 on, and the next block's first layer: one launch of a chain.
+//   h2 = relu(conv2(h1))   y = relu(conv3(h2) + x)   h1_next = relu(conv1(y))
+struct RotatedParams {
+  DType dtype{};
+  const void* h1 = nullptr;  // [n][h][w][mid], what this block's first layer gave
+  int64_t h1_pitch = 0;
+  const void* x = nullptr;  // [n][h][w][k], this block's input
+  int64_t x_pitch = 0;
+  Layer conv2, conv3, conv1;  // conv1 is of the next block; its weight is null at the end of a chain
+  void* y = nullptr;          // [n][h][w][k]
+  int64_t y_pitch = 0;
+  void* h1_next = nullptr;  // [n][h][w][mid], with conv1
+  int64_t h1_next_pitch = 0;
+  int n = 0, h = 0, w = 0, mid = 0, k = 0;
+};
+
 // max_pool(relu(conv(x))). Any alignment of x: c is 3.
 struct StemParams {
   DType dtype{};

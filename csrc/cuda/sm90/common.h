@@ -30,6 +30,13 @@ __device__ __forceinline__ float2 unpack(uint32_t word) {
   }
 }
 
+/// Offset of 16 bytes (channel chunk `chunk` of row `row`) in a staging buffer as TMA lays it out with a 128-byte
+/// swizzle.
+template <class T>
+__device__ uint32_t staging_offset(int row, int chunk) {
+  return chunk / 8 * T::kPanelBytes + row * kRowBytes + (((chunk % 8) ^ (row % 8)) << 4);
+}
+
 /// Matrix of 16-bit elements, [rows][pitch], of which `columns` count; boxes of kDepth columns by box_rows rows.
 inline TensorMapGeometry matrix_map(const void* pointer, DType dtype, int64_t rows, int columns, int64_t pitch,
                                     int box_rows) {

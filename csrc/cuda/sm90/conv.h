@@ -107,13 +107,6 @@ struct ConvProducer {
   }
 };
 
-/// Offset of 16 bytes (channel chunk `chunk` of row `row`) in a staging buffer as TMA lays it out with a 128-byte
-/// swizzle.
-template <class T>
-__device__ uint32_t staging_offset(int row, int chunk) {
-  return chunk / 8 * T::kPanelBytes + row * kRowBytes + (((chunk % 8) ^ (row % 8)) << 4);
-}
-
 template <class T>
 struct ConvConsumer {
   using Element = typename T::Element;
