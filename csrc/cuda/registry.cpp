@@ -81,6 +81,7 @@ void add(const Kernel<Params>& kernel) {
 DEFINE(ConvParams)
 DEFINE(BottleneckParams)
 DEFINE(BasicBlockParams)
+DEFINE(RotatedParams)
 DEFINE(StemParams)
 
 }  // namespace resnet_fused::cuda

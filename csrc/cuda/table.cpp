@@ -123,6 +123,23 @@ BasicBlockParams basic_block_params(const Dims& d, DType dtype) {
   return p;
 }
 
+RotatedParams rotated_params(const Dims& d, DType dtype) {
+  RotatedParams p;
+  p.dtype = dtype;
+  p.h1 = p.x = image();
+  p.y = p.h1_next = image();
+  p.conv2 = p.conv3 = layer();
+  if (d("depth") > 1) p.conv1 = layer();
+  p.n = d("n");
+  p.h = d("h");
+  p.w = d("w");
+  p.mid = d("mid");
+  p.k = d("c");
+  p.x_pitch = p.y_pitch = p.k;
+  p.h1_pitch = p.h1_next_pitch = p.mid;
+  return p;
+}
+
 StemParams stem_params(const Dims& d, DType dtype) {
   auto p = image_params<StemParams>(d, dtype);
   p.conv = layer();
@@ -165,6 +182,7 @@ std::vector<TableRow> kernel_table() {
   append<ConvParams>(rows, "conv");
   append<BottleneckParams>(rows, "bottleneck");
   append<BasicBlockParams>(rows, "basic_block");
+  append<RotatedParams>(rows, "bottleneck_chain");
   append<StemParams>(rows, "stem");
   return rows;
 }
@@ -175,8 +193,9 @@ std::vector<Candidate> candidates(const std::string& op, const std::map<std::str
   if (op == "conv") return best_of_each_algorithm(conv_params(d, dtype), device, why);
   if (op == "bottleneck") return best_of_each_algorithm(bottleneck_params(d, dtype), device, why);
   if (op == "basic_block") return best_of_each_algorithm(basic_block_params(d, dtype), device, why);
+  if (op == "bottleneck_chain") return best_of_each_algorithm(rotated_params(d, dtype), device, why);
   if (op == "stem") return best_of_each_algorithm(stem_params(d, dtype), device, why);
-  throw std::invalid_argument("op: expected conv, bottleneck, basic_block or stem, got " + op);
+  throw std::invalid_argument("op: expected conv, bottleneck, basic_block, bottleneck_chain or stem, got " + op);
 }
 
 }  // namespace resnet_fused::cuda

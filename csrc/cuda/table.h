@@ -27,7 +27,7 @@ struct Candidate {
 };
 // For each algorithm the kernel that would run it, the least estimate first. If there is none, `why` says what is
 // lacking. Ops and dims as in resnet_fused/shapes.py; for a layer "projection" is the channels of a dual accumulation,
-// or 0.
+// or 0. The estimate for a chain is of the longest of its launches.
 RESNET_FUSED_EXPORT std::vector<Candidate> candidates(const std::string& op, const std::map<std::string, int64_t>& dims,
                                                       DType dtype, const Device& device, std::string* why);
 

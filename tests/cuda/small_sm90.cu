@@ -1,9 +1,10 @@
 // The kernels of csrc/cuda/sm90 at sizes of use to tests only: rings of so few stages that small images go round them.
 // A planted bug needs no more than the kernel that it is in: -DSMALL_SHARED, -DSMALL_PING_PONG, -DSMALL_SPLIT,
-// -DSMALL_DUAL, -DSMALL_BOTTLENECK and -DSMALL_STREAMED choose.
+// -DSMALL_DUAL, -DSMALL_BOTTLENECK, -DSMALL_STREAMED and -DSMALL_ROTATED choose.
 #include "cuda/sm90/bottleneck64_launch.h"
 #include "cuda/sm90/bottleneck_streamed_launch.h"
 #include "cuda/sm90/conv_launch.h"
+#include "cuda/sm90/rotated_launch.h"
 
 namespace resnet_fused::cuda::sm90 {
 
@@ -31,6 +32,10 @@ const Registered<BottleneckParams> kIdentity{bottleneck64<Identity>("small90_bf1
 #ifdef SMALL_STREAMED
 using Streamed = StreamedBottleneckTraits<Element, StreamedBottleneckLayout<128, 256, 6, 1, 4, 2>>;
 const Registered<BottleneckParams> kStreamed{streamed_bottleneck<Streamed>("small90_bf16_streamed", DType::kBf16)};
+#endif
+#ifdef SMALL_ROTATED
+using Rotated = RotatedTraits<Element, RotatedLayout<64, 128, 2, 2, 2>>;
+const Registered<RotatedParams> kRotated{rotated<Rotated>("small90_bf16_rotated", DType::kBf16)};
 #endif
 
 }  // namespace resnet_fused::cuda::sm90

@@ -222,6 +222,77 @@ void test_bottleneck(const BlockCase& c, Kind kind) {
   }
 }
 
+struct RotatedCase {
+  int n, h, w, blocks, mid, out;
+  bool last = false;  // of its chain
+};
+const RotatedCase kRotatedCases[] = {
+    {5, 11, 11, 2, 64, 128},                                     // only small_sm90.cu has a kernel for it
+    {2, 9, 8, 3, 64, 128, true},   {2, 7, 7, 3, 64, 256},        // less than a tile
+    {2, 17, 10, 2, 64, 256},       {5, 11, 12, 5, 64, 256},      // a last tile that one block has no part of
+    {1, 1, 300, 3, 64, 256, true}, {9, 5, 9, 2, 64, 256, true},  // images of a row, images within a tile
+    {2, 13, 13, 2, 128, 512},      {1, 16, 15, 4, 128, 512, true},
+};
+
+template <class T>
+void test_rotated(const RotatedCase& c, Kind kind) {
+  RotatedParams p;
+  p.dtype = kType<T>;
+  p.n = c.n, p.h = c.h, p.w = c.w, p.mid = c.mid, p.k = c.out;
+  std::vector<const Kernel<RotatedParams>*> fitting;
+  for (const Kernel<RotatedParams>& kernel : kernels<RotatedParams>())
+    if (kernel.arch == 90 && std::strstr(kernel.name, filter) && unsupported(kernel, p, device_of(c.blocks)).empty())
+      fitting.push_back(&kernel);
+  if (fitting.empty()) return;  // before the formulas, which take long
+
+  Values values(kind != Kind::kRandom, 3);
+  Image h1 = values.image<T>(c.n, c.h, c.w, c.mid), x = values.image<T>(c.n, c.h, c.w, c.out);
+  if (kind == Kind::kNotFinite) h1.at(0, c.h / 2, c.w / 2, 3) = NAN, x.at(c.n - 1, c.h - 1, 0, 0) = INFINITY;
+  const Convolution l2 = values.layer<T>(Convolution::square(c.mid, c.mid, 3, 1, 1));
+  const Convolution l3 = values.layer<T>(Convolution::square(c.mid, c.out, 1, 1, 0));
+  const Convolution l1 = values.layer<T>(Convolution::square(c.out, c.mid, 1, 1, 0));
+  struct Outputs {
+    Image y, h1;
+  };
+  const auto formula = [&](Rounding rounding) {
+    const reference::Arithmetic<T> a{rounding};
+    const Image h2 = a.finish(a.relu(a.convolve(h1, l2)));
+    const Image y = a.finish(a.relu(a.add(a.convolve(h2, l3), x)));
+    return Outputs{y, c.last ? Image() : a.finish(a.relu(a.convolve(y, l1)))};
+  };
+  const Outputs exact = formula(kind == Kind::kRandom ? Rounding::kNone : Rounding::kPerLayer);
+  const Outputs unfused = kind == Kind::kRandom ? formula(Rounding::kUnfused) : Outputs();
+  const Buffer<T> h1_buffer(h1, c.mid + 8), x_buffer(x, c.out + 16);
+  const Buffer<T> w2 = weights<T>(l2), w3 = weights<T>(l3), w1 = weights<T>(l1);
+  const Buffer<float> s2(l2.scale), b2(l2.shift), s3(l3.scale), b3(l3.shift), s1(l1.scale), b1(l1.shift);
+  p.h1 = h1_buffer.get(), p.h1_pitch = h1_buffer.pitch(), p.x = x_buffer.get(), p.x_pitch = x_buffer.pitch();
+  p.conv2 = {w2.get(), s2.get(), b2.get()};
+  p.conv3 = {w3.get(), s3.get(), b3.get()};
+  if (!c.last) p.conv1 = {w1.get(), s1.get(), b1.get()};
+  for (const Kernel<RotatedParams>* kernel : fitting) {
+    const Buffer<T> y(c.n, c.h, c.w, c.out, c.out + 8), h1_next(c.n, c.h, c.w, c.mid, c.mid + 24);
+    p.y = y.get(), p.y_pitch = y.pitch();
+    if (!c.last) p.h1_next = h1_next.get(), p.h1_next_pitch = h1_next.pitch();
+    const std::string name = std::string(kernel->name) + ", " + std::to_string(c.n) + "x" + std::to_string(c.h) + "x" +
+                             std::to_string(c.w) + ", " + name_of(kind);
+    try {
+      run(*kernel, p, c.blocks);
+    } catch (const std::exception& e) {
+      report.check(false, name, e.what());
+      continue;
+    }
+    const auto judge = [&](const Buffer<T>& given, const Image& right, const Image& rounded, const std::string& what) {
+      if (kind == Kind::kRandom)
+        report.parity(given.image(), right, rounded, reference::kEpsilon<T>, what);
+      else
+        report.same(given.image(), right, what);
+      report.check(given.untouched_between(), what, "wrote outside of its slice");
+    };
+    judge(y, exact.y, unfused.y, name + ", y");
+    if (!c.last) judge(h1_next, exact.h1, unfused.h1, name + ", h1");
+  }
+}
+
 template <class T>
 void test_all() {
   for (const Kind kind : {Kind::kIntegers, Kind::kRandom, Kind::kNotFinite}) {
@@ -229,6 +300,7 @@ void test_all() {
     for (const ConvCase& c : kConvCases) test_conv<T>(c, kind);
     for (const BlockCase& c : kBlockCases)
       if (c.mid < 256 || kind != Kind::kNotFinite) test_bottleneck<T>(c, kind);  // what 128 does not show takes long
+    for (const RotatedCase& c : kRotatedCases) test_rotated<T>(c, kind);
   }
 }
 
