@@ -298,6 +298,49 @@ Tensor cuda_basic_block(const Tensor& x, const Tensor& w1, std::optional<Tensor>
   return compute(x, p, algorithm);
 }
 
+// y, and h1_next with w1.
+std::vector<Tensor> cuda_rotated(const Tensor& h1, const Tensor& w2, std::optional<Tensor> s2, const Tensor& b2,
+                                 const Tensor& w3, std::optional<Tensor> s3, const Tensor& b3, const Tensor& x,
+                                 std::optional<Tensor> w1, std::optional<Tensor> s1, std::optional<Tensor> b1,
+                                 std::string algorithm) {
+  STD_TORCH_CHECK(x.is_cuda(), "x: expected a CUDA tensor");
+  const stable::accelerator::DeviceGuard guard(x.get_device_index());
+  cuda::RotatedParams p;
+  p.dtype = dtype_of(x);
+  p.h1_pitch = pitch_of(h1, x, "h1");
+  p.x_pitch = pitch_of(x, x, "x");
+  p.n = static_cast<int>(x.size(0));
+  p.k = static_cast<int>(x.size(1));
+  p.h = static_cast<int>(x.size(2));
+  p.w = static_cast<int>(x.size(3));
+  p.mid = static_cast<int>(h1.size(1));
+  STD_TORCH_CHECK(h1.size(0) == p.n && h1.size(2) == p.h && h1.size(3) == p.w, "h1: expected images of ", p.n, ", ",
+                  p.h, "x", p.w, " as x, got ", h1.size(0), ", ", h1.size(2), "x", h1.size(3));
+  const auto check_outputs = [](const Tensor& weight, int channels, const char* name) {
+    STD_TORCH_CHECK(weight.size(0) == channels, name, ": expected ", channels, " output channels, got ",
+                    weight.size(0));
+  };
+  p.conv2 = layer_of(w2, s2, b2, x, p.mid, 3, "w2");
+  check_outputs(w2, p.mid, "w2");
+  p.conv3 = layer_of(w3, s3, b3, x, p.mid, 1, "w3");
+  check_outputs(w3, p.k, "w3");
+  p.h1 = h1.const_data_ptr();
+  p.x = x.const_data_ptr();
+  std::vector<Tensor> outputs{new_output(x, p.n, p.k, p.h, p.w)};
+  p.y = outputs[0].mutable_data_ptr();
+  p.y_pitch = p.k;
+  if (w1) {
+    STD_TORCH_CHECK(b1.has_value(), "b1: expected a vector beside w1, got None");
+    p.conv1 = layer_of(*w1, s1, *b1, x, p.k, 1, "w1");
+    check_outputs(*w1, p.mid, "w1");
+    outputs.push_back(new_output(x, p.n, p.mid, p.h, p.w));
+    p.h1_next = outputs[1].mutable_data_ptr();
+    p.h1_next_pitch = p.mid;
+  }
+  if (outputs[0].numel()) run(x, p, algorithm);
+  return outputs;
+}
+
 Tensor cuda_stem(const Tensor& x, const Tensor& weight, std::optional<Tensor> scale, const Tensor& shift,
                  int64_t stride, int64_t padding, int64_t pool_kernel, int64_t pool_stride, int64_t pool_padding,
                  std::string algorithm) {
@@ -327,6 +370,7 @@ Tensor cuda_stem(const Tensor& x, const Tensor& weight, std::optional<Tensor> sc
   m.impl("_cuda_conv_out", TORCH_BOX(&cuda_conv_out));       \
   m.impl("_cuda_bottleneck", TORCH_BOX(&cuda_bottleneck));   \
   m.impl("_cuda_basic_block", TORCH_BOX(&cuda_basic_block)); \
+  m.impl("_cuda_rotated", TORCH_BOX(&cuda_rotated));         \
   m.impl("_cuda_stem", TORCH_BOX(&cuda_stem))
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) { RESNET_FUSED_OPS(m); }

@@ -205,7 +205,7 @@ def choose(shape: Shape, dtype: torch.dtype, device: torch.device, backend: str,
 def _choose_chain(
     shape: BottleneckChain, dtype: torch.dtype, device: torch.device, backend: str, accuracy: str, state: State
 ) -> Choice:
-    """The chain's own kernel where it was measured faster than its blocks, or is asked for and nothing was measured."""
+    """A chain's own kernel where it was measured faster than its blocks, or is asked for and nothing was measured."""
     block = choose(shape.block, dtype, device, backend, accuracy, state)
     seconds = shape.depth * block.seconds[0][1] if block.seconds else None
     single = _Candidate(block.backend, "blocks", True, seconds)
@@ -213,15 +213,17 @@ def _choose_chain(
     obstacles: dict[str, str] = {}
     if backend == "auto" and device.type == "cpu":
         obstacles["cpu"] = "it has no kernel for more than a block"
-    elif backend in ("auto", "triton"):
-        if why := triton.unsupported(shape, dtype, device):
-            obstacles["triton"] = why
+    for name, kernels in GPU_KERNELS.items():
+        if backend != name and (backend != "auto" or device.type == "cpu"):
+            continue
+        if why := kernels.unsupported(shape, dtype, device):
+            obstacles[name] = why
         else:
             # A time says nothing where that of the blocks is not known.
             measured = tuned.backend_seconds(shape, dtype, device) or {} if block.seconds else {}
-            own = [
-                _Candidate("triton", c.algorithm, False, measured.get(f"triton {c.algorithm}"), config=c.config)
-                for c in triton.candidates(shape, dtype, device)
+            own += [
+                _Candidate(name, c.algorithm, False, measured.get(f"{name} {c.algorithm}"), config=c.config)
+                for c in kernels.candidates(shape, dtype, device)
             ]
     return _best(shape, backend, [*own, single], obstacles)
 

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx, nn
 
-from . import ops, replay
+from . import ops, plan, replay
 from .fusion import BottleneckFusion, Fusion, is_image, is_watched
 from .mixins import Fused, run_fused
 from .settings import resolve_backend
@@ -25,8 +25,8 @@ Step = tuple[tuple[nn.Module, ...], Fusion | None]
 class FusedStage(Fused):
     """Runs neighbouring blocks of an nn.Sequential together where it may pay.
 
-    On a CPU they are recorded once and then are one call (see replay.py). On a GPU, and with the backend `"triton"`,
-    identity bottlenecks may run as `ops.bottleneck_chain`; the plan then decides by measured times.
+    On a CPU they are recorded once and then are one call (see replay.py). On a GPU, and with the backends `"cuda"` and
+    `"triton"`, identity bottlenecks may run as `ops.bottleneck_chain`; the plan then decides by measured times.
     """
 
     def fusions(self) -> Sequence[Fusion]:
@@ -142,7 +142,7 @@ def _together(first: BottleneckFusion, other: BottleneckFusion, x: Tensor) -> bo
     """Whether a kernel may take the two, alike in width and settings, in one op."""
     settings = first.settings
     backend = resolve_backend(settings.backend)
-    if backend != "triton" and not (backend == "auto" and x.is_cuda):
+    if backend not in plan.GPU_KERNELS and not (backend == "auto" and x.is_cuda):
         return False
     return settings == other.settings and _width(first) == _width(other)
 

@@ -1,7 +1,8 @@
 """The CUDA kernels on the CPU, for tests: every kernel of csrc/cuda compiled by the host compiler over an emulator.
 
-`conv_bn_act`, `bottleneck`, `basic_block` and `stem` take torch tensors as the backends do, build the same parameters
-as the registration does and run the kernel that is asked for by name, or the one that the table would choose.
+`conv_bn_act`, `bottleneck`, `basic_block`, `rotated` and `stem` take torch tensors as the backends do, build the same
+parameters as the registration does and run the kernel that is asked for by name, or the one that the table would
+choose.
 """
 
 from __future__ import annotations
@@ -126,6 +127,17 @@ class _BasicBlock(ctypes.Structure):
     )
 
 
+class _Rotated(ctypes.Structure):
+    _fields_ = _fields(
+        ("dtype", ctypes.c_int),
+        *(("h1", ctypes.c_void_p), ("h1_pitch", ctypes.c_int64), ("x", ctypes.c_void_p), ("x_pitch", ctypes.c_int64)),
+        ("conv2 conv3 conv1", _Layer),
+        *(("y", ctypes.c_void_p), ("y_pitch", ctypes.c_int64)),
+        *(("h1_next", ctypes.c_void_p), ("h1_next_pitch", ctypes.c_int64)),
+        ("n h w mid k", ctypes.c_int),
+    )
+
+
 class _Stem(ctypes.Structure):
     _fields_ = _fields(
         *_IMAGE,
@@ -139,7 +151,13 @@ class _Device(ctypes.Structure):
     _fields_ = _fields(("arch multiprocessors shared_bytes", ctypes.c_int))
 
 
-PARAMS = {"conv": _Conv, "bottleneck": _Bottleneck, "basic_block": _BasicBlock, "stem": _Stem}
+PARAMS = {
+    "conv": _Conv,
+    "bottleneck": _Bottleneck,
+    "basic_block": _BasicBlock,
+    "bottleneck_chain": _Rotated,
+    "stem": _Stem,
+}
 
 
 @functools.cache
@@ -360,6 +378,43 @@ def basic_block(
         return _choice("basic_block", params, kernel, device)
     _run("basic_block", params, kernel, device)
     return out
+
+
+def rotated(
+    h1: Tensor,
+    w2: Tensor,
+    s2: Tensor | None,
+    b2: Tensor,
+    w3: Tensor,
+    s3: Tensor | None,
+    b3: Tensor,
+    x: Tensor,
+    w1: Tensor | None = None,
+    s1: Tensor | None = None,
+    b1: Tensor | None = None,
+    *,
+    kernel: str = "",
+    device: tuple[int, int, int] = H100,
+    only_choose: bool = False,
+) -> Any:
+    """One launch of a chain: (y, the next h1 or None without w1); see `conv_bn_act` for the options."""
+    n, mid, h, w = h1.shape
+    k = x.shape[1]
+    y, next_h1 = _output(n, k, h, w, x.dtype, None), None if w1 is None else _output(n, mid, h, w, x.dtype, None)
+    at = _Pointers()
+    params = _Rotated(
+        DTYPES.index(x.dtype),
+        *at.image(h1),
+        *at.image(x),
+        *(at.layer(w2, s2, b2), at.layer(w3, s3, b3), at.layer(w1, s1, b1)),
+        *at.image(y),
+        *((None, 0) if next_h1 is None else at.image(next_h1)),
+        *(n, h, w, mid, k),
+    )
+    if only_choose:
+        return _choice("bottleneck_chain", params, kernel, device)
+    _run("bottleneck_chain", params, kernel, device)
+    return y, next_h1
 
 
 def stem(

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulated import H100, bottleneck, build, conv_bn_act, kernels, needs_toolkit
+from cuda_emulated import A100, H100, EmulatedError, bottleneck, build, conv_bn_act, kernels, needs_toolkit, rotated
 from cuda_programs import Bug, assert_passes, program, run
 from support import assert_parity, bottleneck_case, conv_case
+from torch import Tensor
+
+from resnet_fused.kernels import cuda
+from resnet_fused.samples import sample
+from resnet_fused.shapes import BottleneckChain
 
 pytestmark = needs_toolkit
 
-PARTS = ("SHARED", "PING_PONG", "SPLIT", "DUAL", "BOTTLENECK", "STREAMED")
+PARTS = ("SHARED", "PING_PONG", "SPLIT", "DUAL", "BOTTLENECK", "ROTATED", "STREAMED")
 """Of tests/cuda/small_sm90.cu."""
 SCHEDULES = [
     {"EMULATOR_ORDER": "forward", "EMULATOR_ASYNC": "late"},
@@ -289,6 +294,23 @@ def test_bottleneck_is_torchs(dtype: torch.dtype) -> None:
     assert_parity(bottleneck(*case.args, **case.options, kernel=kernel, device=H100), case)
 
 
+@pytest.mark.parametrize(("mid", "dtype"), [(64, torch.bfloat16), (64, torch.float16), (128, torch.bfloat16)])
+def test_chain_is_torchs(mid: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend's own function, with the emulated kernels in the place of the ops."""
+
+    def layer(x: Tensor, w: Tensor, s: Tensor | None, b: Tensor, stride: int) -> Tensor:
+        return conv_bn_act(x, w, s, b, stride=stride, kernel="implicit_gemm", device=H100)
+
+    monkeypatch.setattr(cuda, "_layer", layer)
+    monkeypatch.setattr(cuda, "_rotated", lambda *tensors, algorithm: rotated(*tensors, kernel=algorithm))
+    call = sample(BottleneckChain(2, 4 * mid, 9, 8, mid, 3 if mid == 64 else 2), dtype, torch.device("cpu"))
+    y = call.run_kernel(cuda, "rotated")
+    exact = call.to(torch.float64).run("reference")
+    allowed = 2 * (call.run("reference") - exact).abs().max() + torch.finfo(dtype).eps / 2 * exact.abs().max()
+    assert y.dtype == dtype
+    assert (y - exact).abs().max() <= allowed
+
+
 def test_empty_batch() -> None:
     x = torch.empty(0, 64, 7, 7, dtype=torch.bfloat16)
     for kernel in ("conv90_bf16_128x128_ping_pong", "conv90_bf16_64x64_split"):
@@ -297,6 +319,22 @@ def test_empty_batch() -> None:
     case = bottleneck_case(0, 64, 7, 7, 64, 256, dtype=torch.bfloat16, projection=True)
     kernel = "bottleneck90_bf16_64_projection"
     assert bottleneck(*case.args[:9], kernel=kernel, device=H100).shape == (0, 256, 7, 7)
+    y, h1 = rotated(*_chain_arguments(0, 64, 7))
+    assert y.shape == (0, 256, 7, 7)
+    assert h1.shape == (0, 64, 7, 7)
+
+
+def _chain_arguments(n: int, mid: int, size: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """Of `rotated`, without values."""
+
+    def image(channels: int) -> Tensor:
+        return torch.empty(n, channels, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    def layer(k: int, c: int, taps: int) -> list[Tensor]:
+        return [torch.empty(k, c, taps, taps, dtype=dtype), torch.empty(k), torch.empty(k)]
+
+    k = 4 * mid
+    return [image(mid), *layer(mid, mid, 3), *layer(k, mid, 1), image(k), *layer(mid, k, 1)]
 
 
 def test_choice() -> None:
@@ -323,10 +361,29 @@ def test_bottleneck_choice(mid: int, size: int) -> None:
     assert bottleneck(*arguments, kernel="whole", device=H100, only_choose=True) == f"bottleneck90_bf16_{mid}_identity"
 
 
+@pytest.mark.parametrize(("mid", "size"), [(64, 56), (128, 28)])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+def test_chain_choice(mid: int, size: int, dtype: torch.dtype, name: str) -> None:
+    assert rotated(*_chain_arguments(8, mid, size, dtype), only_choose=True) == f"rotated90_{name}_{mid}"
+
+
+@pytest.mark.parametrize(
+    ("mid", "dtype", "device", "reason"),
+    [
+        (256, torch.bfloat16, H100, "rotated90_bf16_64: it is made for 64 channels inside and 256 outside"),
+        (64, torch.bfloat16, A100, "rotated90_bf16_128: it is made for sm_90a, the device is sm_80"),
+        (64, torch.float32, H100, "rotated90_bf16_128: it is compiled for another dtype"),
+    ],
+)
+def test_chains_without_a_kernel(mid: int, dtype: torch.dtype, device: tuple[int, int, int], reason: str) -> None:
+    with pytest.raises(EmulatedError, match=reason):
+        rotated(*_chain_arguments(1, mid, 7, dtype), device=device, only_choose=True)
+
+
 def test_table() -> None:
     """What the table says of every kernel fits the machine."""
     rows = kernels(arch=90)
-    assert {row.op for row in rows} == {"conv", "bottleneck"}
+    assert {row.op for row in rows} == {"conv", "bottleneck", "bottleneck_chain"}
     for row in rows:
         assert row.tile[2] == 64
         assert row.threads in (256, 384)

@@ -30,6 +30,7 @@ template <class Params>
 const Kernel<Params>* best(const Params& params, const Device& device, const std::string& wanted, std::string* why) {
   const Kernel<Params>* found = nullptr;
   float least = 0;
+  bool told = false;
   *why = wanted.empty() ? "no kernel is compiled for it" : "no kernel is called " + wanted;
   for (const Kernel<Params>& kernel : table<Params>()) {
     if (!wanted.empty() && wanted != kernel.name && wanted != kernel.algorithm) continue;
@@ -37,7 +38,8 @@ const Kernel<Params>* best(const Params& params, const Device& device, const std
     if (!reason.empty()) {
       // What a kernel of the right type and architecture lacks tells more than that others are of another.
       const bool made_for_device = kernel.arch == 90 ? device.arch == 90 : device.arch >= kernel.arch;
-      if (kernel.dtype == params.dtype && made_for_device) *why = kernel.name + (": " + reason);
+      if (!told || (kernel.dtype == params.dtype && made_for_device)) *why = kernel.name + (": " + reason);
+      told = true;
       continue;
     }
     const float estimate = kernel.estimate(params, device);

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..shapes import BasicBlock, Bottleneck, Conv, Shape, Stem
+from ..shapes import BasicBlock, Bottleneck, BottleneckChain, Conv, Shape, Stem
 from . import native
 from .layout import nhwc, nhwc_slice, pixel_pitch
 from .packing import packed
@@ -33,6 +33,8 @@ for _schema in (
     "str algorithm) -> Tensor",
     "_cuda_basic_block(Tensor x, Tensor w1, Tensor? s1, Tensor b1, Tensor w2, Tensor? s2, Tensor b2, Tensor? wd, "
     "Tensor? sd, Tensor? bd, int stride, int dilation, str algorithm) -> Tensor",
+    "_cuda_rotated(Tensor h1, Tensor w2, Tensor? s2, Tensor b2, Tensor w3, Tensor? s3, Tensor b3, Tensor x, "
+    "Tensor? w1, Tensor? s1, Tensor? b1, str algorithm) -> Tensor[]",
     "_cuda_stem(Tensor x, Tensor weight, Tensor? scale, Tensor shift, int stride, int padding, int pool_kernel, "
     "int pool_stride, int pool_padding, str algorithm) -> Tensor",
 ):
@@ -44,7 +46,8 @@ class Candidate(NamedTuple):
 
     Attributes:
         algorithm: which kernel: `"implicit_gemm"`, `"split_k"`, ...; of blocks `"whole"`, or `"dual"`: a kernel a
-            layer, the last of which adds up its own sum and the projection's in one accumulator.
+            layer, the last of which adds up its own sum and the projection's in one accumulator; of chains `"rotated"`:
+            a launch a block, from its 3x3 to the next block's first 1x1.
         config: name of the compiled kernel that would run: architecture, type, tile, stages.
     """
 
@@ -105,7 +108,7 @@ def _search(shape: Shape, dtype: torch.dtype, device: Device) -> tuple[list[Cand
         return [], f"it takes {', '.join(map(str, DTYPES))}, x.dtype is {dtype}"
     if device.arch < 80:
         return [], f"it needs compute capability 8.0 or newer, the GPU has {device.arch // 10}.{device.arch % 10}"
-    if not isinstance(shape, (Conv, Bottleneck, BasicBlock, Stem)):
+    if not isinstance(shape, (Conv, Bottleneck, BasicBlock, BottleneckChain, Stem)):
         return [], f"it has no kernel for a whole {shape.op}"
     if any(layer.groups > 1 for layer in shape.layers()):
         return [], "it takes groups=1 only"
@@ -119,7 +122,10 @@ def _search(shape: Shape, dtype: torch.dtype, device: Device) -> tuple[list[Cand
 
 
 def _compiled(
-    shape: Conv | Bottleneck | BasicBlock | Stem, dtype: torch.dtype, device: Device, projection: int = 0
+    shape: Conv | Bottleneck | BasicBlock | BottleneckChain | Stem,
+    dtype: torch.dtype,
+    device: Device,
+    projection: int = 0,
 ) -> tuple[list[Candidate], str]:
     """What the library's table has for one kernel launch, best first, and why it has nothing."""
     assert native.bindings is not None
@@ -325,6 +331,57 @@ def basic_block(
         dilation,
         algorithm,
     )
+
+
+def _rotated(
+    h1: Tensor,
+    w2: Tensor,
+    s2: Tensor | None,
+    b2: Tensor,
+    w3: Tensor,
+    s3: Tensor | None,
+    b3: Tensor,
+    x: Tensor,
+    w1: Tensor | None,
+    s1: Tensor | None,
+    b1: Tensor | None,
+    *,
+    algorithm: str,
+) -> tuple[Tensor, Tensor | None]:
+    """A block's output y from its first 1x1's h1, and the next block's h1; None without w1.
+
+    y = relu(conv1x1(relu(conv3x3(h1, w2) * s2 + b2), w3) * s3 + b3 + x), next h1 = relu(conv1x1(y, w1) * s1 + b1).
+    """
+    y, *next_h1 = torch.ops.resnet_fused._cuda_rotated.default(
+        _image(h1),
+        *(_weight(w2), _vector(s2), b2.contiguous()),
+        *(_weight(w3), _vector(s3), b3.contiguous()),
+        _image(x),
+        *(None if w1 is None else _weight(w1), _vector(s1), _vector(b1)),
+        algorithm,
+    )
+    return y, next_h1[0] if next_h1 else None
+
+
+def bottleneck_chain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    shifts: Sequence[Tensor],
+    *,
+    algorithm: str,
+) -> Tensor:
+    """Identity bottlenecks one after the other: the first 1x1 as a layer, then a launch a block; see `Candidate`.
+
+    Args are those of `rf.ops.bottleneck_chain`; the output is channels_last.
+    """
+    layers = list(zip(weights, scales, shifts, strict=True))
+    h1: Tensor | None = _layer(x, *layers[0], 1)
+    for i in range(0, len(layers), 3):
+        assert h1 is not None
+        following = layers[i + 3] if i + 3 < len(layers) else (None, None, None)
+        x, h1 = _rotated(h1, *layers[i + 1], *layers[i + 2], x, *following, algorithm=algorithm)
+    return x
 
 
 def stem(

@@ -34,8 +34,9 @@ def bottleneck_chain(
 ) -> Tensor:
     """`ops.bottleneck` with an identity shortcut, stride 1 and one group, several times over.
 
-    As a kernel of its own (backend `"triton"`) every launch but the first computes one block's 3x3 and last 1x1 and the
-    next block's first 1x1, which needs no pixel's neighbours. Elsewhere the blocks run one after the other.
+    As a kernel of its own (backends `"cuda"` and `"triton"`) every launch but the first computes one block's 3x3 and
+    last 1x1 and the next block's first 1x1, which needs no pixel's neighbours. Elsewhere the blocks run one after the
+    other.
 
     Args:
         x: [N, C, H, W], float32, bfloat16, float16 or float64, any strides.

@@ -72,6 +72,7 @@ EXPORT const char* emulated_kernels() {
     describe<ConvParams>(out, "conv");
     describe<BottleneckParams>(out, "bottleneck");
     describe<BasicBlockParams>(out, "basic_block");
+    describe<RotatedParams>(out, "bottleneck_chain");
     describe<StemParams>(out, "stem");
     return out.str();
   }();
@@ -94,4 +95,5 @@ EXPORT const char* emulated_options(const char* order, const char* async, uint64
 OP(conv, ConvParams)
 OP(bottleneck, BottleneckParams)
 OP(basic_block, BasicBlockParams)
+OP(bottleneck_chain, RotatedParams)
 OP(stem, StemParams)

@@ -7,6 +7,7 @@
 #include "cuda/sm90/bottleneck64.h"
 #include "cuda/sm90/bottleneck_streamed_launch.h"
 #include "cuda/sm90/conv.h"
+#include "cuda/sm90/rotated_launch.h"
 
 namespace {
 
@@ -196,6 +197,53 @@ void test_streamed() {
   CHECK(streamed_bottleneck_unsupported<L>(p) != nullptr);
 }
 
+template <class L>
+void test_rotated() {
+  std::set<int> bytes;
+  const auto claim = [&bytes](int first, int size) {
+    for (int b = first; b < first + size; b += 4) CHECK(bytes.insert(b).second);
+  };
+  for (int s = 0; s < L::kStages; ++s) {
+    CHECK(L::kSlices * kMatrixBytes <= L::kSecond);  // a chunk's part of W3 lies where h1 does
+    claim(s * L::kStageBytes, L::kBytesH1);
+    claim(s * L::kStageBytes + L::kSecond, L::kBytesW);
+  }
+  claim(L::kSide, L::kGroups * L::kSides * L::kPanelBytes);
+  claim(L::kVector, 4 * L::kVectors);
+  claim(L::kBarriers, L::kShared - L::kBarriers);
+  CHECK(*bytes.rbegin() < L::kShared);
+  CHECK(L::kStageBytes % 1024 == 0 && L::kSecond % 1024 == 0 && L::kSide % 1024 == 0 && L::kBarriers % 8 == 0);
+
+  RotatedParams p;
+  p.dtype = DType::kBf16;
+  p.h1 = p.x = p.conv2.weight = p.conv3.weight = p.conv1.weight = p.y = p.h1_next = memory;
+  p.n = 3, p.h = 17, p.w = 9, p.mid = L::kMid, p.k = L::kOut;
+  p.h1_pitch = p.h1_next_pitch = p.mid, p.x_pitch = p.y_pitch = p.k;
+  CHECK(rotated_unsupported<L>(p) == nullptr);
+  const RotatedArgs a = rotated_args(p);
+  CHECK(a.tiles() == 4 && a.next);  // 459 pixels
+  CHECK(rotated_grid<L>(a, kH100) == 4 && rotated_grid<L>(a, {90, 3, kMaxShared}) == 2);
+  const TensorMapGeometry h1 = rotated_map_h1<L>(p);
+  CHECK(defect(h1) == nullptr);
+  for (int i = 0; i < 2; ++i) CHECK(h1.lower[i] == -1 && h1.upper[i] == -1 && h1.step[i + 1] == 1);
+  CHECK(h1.pixels * h1.channels * 2 == static_cast<uint32_t>(L::kBytesH1));
+  CHECK(defect(rotated_map_weight<L>(p, p.conv2, L::kMid, 9 * L::kMid, L::kMid)) == nullptr);
+  CHECK(defect(rotated_map_weight<L>(p, p.conv3, L::kOut, L::kMid, kDepth)) == nullptr);
+  CHECK(defect(rotated_map_weight<L>(p, p.conv1, L::kMid, L::kOut, L::kMid)) == nullptr);
+  CHECK(defect(rotated_map_side<L>(p, memory, L::kOut, L::kOut)) == nullptr);
+  const float with_next = rotated_estimate<L>(p, kH100);
+  p.conv1.weight = nullptr;
+  CHECK(!rotated_args(p).next && rotated_unsupported<L>(p) == nullptr);
+  CHECK(rotated_estimate<L>(p, kH100) > 0 && rotated_estimate<L>(p, kH100) < with_next);
+  for (int RotatedParams::* size : {&RotatedParams::mid, &RotatedParams::k}) {
+    RotatedParams other = p;
+    other.*size *= 2;
+    CHECK(rotated_unsupported<L>(other) != nullptr);
+  }
+  p.n = 1 << 15, p.h = p.w = 256;
+  CHECK(rotated_unsupported<L>(p) != nullptr);
+}
+
 // The permutation of W3's rows: a thread's columns 2t, 2t + 1 of four neighbouring 8-column blocks are 8 channels in a
 // row.
 void test_permutation() {
@@ -226,6 +274,8 @@ int main() {
   test_bottleneck64<true>();
   test_streamed<StreamedBottleneck128>();
   test_streamed<StreamedBottleneck256>();
+  test_rotated<Rotated64>();
+  test_rotated<Rotated128>();
   test_permutation();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
