@@ -14,7 +14,7 @@ from resnet_fused.errors import BackendError
 from resnet_fused.kernels import cuda, native
 from resnet_fused.kernels.cuda import Device
 from resnet_fused.kernels.layout import nhwc, pixel_pitch
-from resnet_fused.shapes import BasicBlock, Bottleneck, Conv, DenseBlock, Stem
+from resnet_fused.shapes import BasicBlock, Bottleneck, BottleneckChain, Conv, DenseBlock, Shape, Stem
 
 A100, H100, T4 = Device(80, 108, 166912), Device(90, 132, 232448), Device(75, 40, 65536)
 RTX4090, B200 = Device(89, 128, 101376), Device(100, 148, 232448)
@@ -63,6 +63,8 @@ def test_op_on_cpu_tensors() -> None:
         ops._cuda_conv(x, w, v, v, None, None, None, None, None, None, 1, [1, 1], [0, 0], [1, 1], True, "implicit_gemm")
     with pytest.raises(RuntimeError, match="x: expected a CUDA tensor"):
         ops._cuda_stem(x, w, v, v, 2, 3, 3, 2, 1, "")
+    with pytest.raises(RuntimeError, match="x: expected a CUDA tensor"):
+        ops._cuda_rotated(x, w, v, v, w, None, v, x, None, None, None, "rotated")
 
 
 def test_backend_by_name_on_a_cpu() -> None:
@@ -105,6 +107,26 @@ def test_blocks_have_kernels(dtype: torch.dtype) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+def test_chains_have_kernels(dtype: torch.dtype, name: str) -> None:
+    """Those of ResNet-50's first two stages, on an H100."""
+    for mid, size in ((64, 56), (128, 28)):
+        for n in (1, 128):
+            shape = BottleneckChain(n, 4 * mid, size, size, mid, 2)
+            assert cuda._search(shape, dtype, H100) == ([("rotated", f"rotated90_{name}_{mid}")], None)
+
+
+@needs_kernels
+def test_a_launch_at_the_end_of_a_chain_is_shorter() -> None:
+    chain = BottleneckChain(128, 256, 56, 56, 64, 2)
+    longer, shorter = (
+        native.bindings.cuda_candidates("bottleneck_chain", shape.dims(), "bfloat16", *H100)[0][0][2]
+        for shape in (chain, replace(chain, depth=1))
+    )
+    assert 0 < shorter < longer
+
+
+@needs_kernels
 def test_dual_accumulation_where_there_is_a_projection() -> None:
     shape = Bottleneck(8, 256, 56, 56, 128, 512, stride2=2, projection=True)
     found, _ = cuda._search(shape, torch.bfloat16, A100)
@@ -133,10 +155,14 @@ def test_sm90_kernels_only_where_they_run() -> None:
         (Conv(1, 64, 8, 8, 64, 3, 3, groups=64), torch.bfloat16, A100, "groups=1"),
         (Conv(1, 12, 8, 8, 64, 1, 1), torch.bfloat16, A100, "multiples of 8"),
         (DenseBlock(1, 64, 8, 8, 32, 2), torch.bfloat16, A100, "whole dense_block"),
+        (BottleneckChain(1, 1024, 14, 14, 256, 2), torch.bfloat16, H100, "64 channels inside and 256 outside"),
+        (BottleneckChain(1, 256, 56, 56, 64, 2), torch.float32, H100, "compiled for another dtype"),
+        (BottleneckChain(1, 256, 56, 56, 64, 2), torch.bfloat16, A100, "made for sm_90a, the device is sm_80"),
+        (BottleneckChain(1, 256, 56, 56, 64, 2), torch.bfloat16, B200, "made for sm_90a, the device is sm_100"),
     ],
 )
-def test_reasons(shape: object, dtype: torch.dtype, device: Device, phrase: str) -> None:
-    found, why = cuda._search(shape, dtype, device)  # type: ignore[arg-type]
+def test_reasons(shape: Shape, dtype: torch.dtype, device: Device, phrase: str) -> None:
+    found, why = cuda._search(shape, dtype, device)
     assert found == []
     assert why is not None
     assert phrase in why
@@ -146,7 +172,7 @@ def test_reasons(shape: object, dtype: torch.dtype, device: Device, phrase: str)
 def test_kernel_table() -> None:
     rows = native.bindings.cuda_kernel_table()
     assert len({row["kernel"] for row in rows}) == len(rows)
-    assert {row["op"] for row in rows} >= {"conv", "bottleneck", "basic_block", "stem"}
+    assert {row["op"] for row in rows} >= {"conv", "bottleneck", "basic_block", "bottleneck_chain", "stem"}
     for row in rows:
         assert row["threads"] % 32 == 0
         assert row["shared_bytes"] <= 227 * 1024
@@ -156,7 +182,7 @@ def test_kernel_table() -> None:
 
 @needs_kernels
 def test_bindings_reject_what_they_do_not_know() -> None:
-    with pytest.raises(ValueError, match="expected conv, bottleneck, basic_block or stem, got pool"):
+    with pytest.raises(ValueError, match="expected conv, bottleneck, basic_block, bottleneck_chain or stem, got pool"):
         native.bindings.cuda_candidates("pool", {}, "bfloat16", *A100)
     with pytest.raises(ValueError, match="missing n"):
         native.bindings.cuda_candidates("conv", {}, "bfloat16", *A100)

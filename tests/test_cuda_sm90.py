@@ -254,6 +254,64 @@ BUGS = {
         "STREAMED",
         Bug("sm90/bottleneck_streamed.h", "      group_sync();\n", "", "thread"),
     ),
+    # The rotated chain
+    "h1 let go one step early": ("ROTATED", Bug("sm90/rotated.h", "ptx::wg_wait<1>();", "ptx::wg_wait<2>();")),
+    "y read before its products are done": (
+        "ROTATED",
+        Bug("sm90/rotated.h", "      ptx::wg_wait<0>();\n      if (chunk > 0)", "      if (chunk > 0)"),
+    ),
+    "W1 let go under its products": (
+        "ROTATED",
+        Bug(
+            "sm90/rotated.h",
+            "        ptx::wg_commit();\n      }\n    }",
+            "        ptx::wg_commit();\n      }\n      release(position.use);\n    }",
+        ),
+    ),
+    "columns of W1 of the first chunk": (
+        "ROTATED",
+        Bug("sm90/rotated.h", "maps.w1, chunk * kDepth, 0);", "maps.w1, 0, 0);"),
+    ),
+    "second slice of W3 is the first": ("ROTATED", Bug("sm90/rotated.h", "kk / 4 * (kMatrixBytes / 16)", "0")),
+    "bytes of W1 awaited at the end of a chain": (
+        "ROTATED",
+        Bug("sm90/rotated.h", "a.next ? 2 * T::kBytesW : T::kBytesW", "2 * T::kBytesW"),
+    ),
+    "every block fetches the first share of the chain's weights": (
+        "ROTATED",
+        Bug("sm90/rotated.h", "row + rank * kShare);", "row);"),
+    ),
+    "first pixel of a tile without its padding": (
+        "ROTATED",
+        Bug("sm90/rotated.h", "w = m0 % a.width - 1;", "w = m0 % a.width;"),
+    ),
+    "x of the first group": (
+        "ROTATED",
+        Bug("sm90/rotated.h", "(first + rank) * T::kTile + group * T::kGroupTile);", "(first + rank) * T::kTile);"),
+    ),
+    "x of the tile before": (
+        "ROTATED",
+        Bug("sm90/rotated.h", "rank + static_cast<int>(tile) * gridDim.x;", "rank;"),
+    ),
+    "x not waited for": (
+        "ROTATED",
+        Bug("sm90/rotated.h", "    ptx::mbar_wait(full + use % T::kSides * 8, use / T::kSides & 1);\n", ""),
+    ),
+    "buffer of the next h1 not announced": ("ROTATED", Bug("sm90/rotated.h", "      ptx::mbar_arrive(landed);\n", "")),
+    "x fetched over a store": ("ROTATED", Bug("sm90/rotated.h", "        ptx::tma_store_wait<1>();\n", "")),
+    "y not shown to TMA": ("ROTATED", Bug("sm90/rotated.h", "    ptx::fence_async();\n", "")),
+    "y stored before every warp has written": (
+        "ROTATED",
+        Bug("sm90/rotated.h", "    ptx::bar_sync(1 + group, 128);\n", "", "thread"),
+    ),
+    "y in the channels of the first chunk": (
+        "ROTATED",
+        Bug("sm90/rotated.h", "sides.store(maps.y, chunk * kDepth, row);", "sides.store(maps.y, 0, row);"),
+    ),
+    "a block of the chain leaves while others write to it": (
+        "ROTATED",
+        Bug("sm90/rotated.h", "    ptx::cluster_sync();  // a block that is gone", "    // a block that is gone"),
+    ),
 }
 
 

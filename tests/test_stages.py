@@ -155,6 +155,7 @@ def test_bad_input(op, arguments, message):
 # --- what the plan takes --------------------------------------------------------------------------------------------
 
 WIDE = BottleneckChain(8, 256, 56, 56, 64, 3)
+CUDA_KERNELS = {"bottleneck_chain": "rotated", "bottleneck": "whole", "conv": "implicit_gemm"}
 
 
 @pytest.fixture
@@ -164,6 +165,8 @@ def measured(monkeypatch):
     monkeypatch.setattr(tuned, "backend_seconds", lambda shape, dtype, device: times.get(shape))
     monkeypatch.setattr(plan.triton, "unsupported", lambda shape, dtype, device: None)
     monkeypatch.setattr(plan.triton, "candidates", lambda s, *_: [plan.triton.Candidate(s.op, "64 wide")])
+    monkeypatch.setattr(plan.cuda, "unsupported", lambda shape, dtype, device: None)
+    monkeypatch.setattr(plan.cuda, "candidates", lambda s, *_: [plan.cuda.Candidate(CUDA_KERNELS[s.op], "64 wide")])
     monkeypatch.setattr(plan.cudnn, "unsupported", lambda *_: None)
     plan.choose.cache_clear()
     yield times
@@ -190,7 +193,19 @@ def test_chain_is_chosen_only_where_it_was_measured_faster(measured):
 
 def test_chain_by_name(measured):
     assert chosen("triton").algorithm == "bottleneck_chain"
+    assert (chosen("cuda").algorithm, chosen("cuda").config) == ("rotated", "64 wide")
     assert chosen("vendor").algorithm == "blocks"
+
+
+def test_chain_of_the_faster_backend(measured):
+    measured[WIDE.block] = {"triton bottleneck": 1e-3, "cuda whole": 9e-4}
+    measured[WIDE] = {"triton bottleneck_chain": 2e-3, "cuda rotated": 1.5e-3}
+    choice = chosen()
+    assert (choice.backend, choice.algorithm) == ("cuda", "rotated")
+    assert [name for name, _ in choice.seconds] == ["cuda rotated", "triton bottleneck_chain", "cuda blocks"]
+    measured[WIDE]["cuda rotated"] = 4e-3
+    assert chosen().backend == "triton"
+    assert chosen("cuda").algorithm == "blocks"
 
 
 @needs_triton
@@ -247,6 +262,16 @@ def test_identity_blocks_run_as_a_chain(net):
     assert rows(rf.fuse(net, backend="triton"), "auto") == CHAINED
     with rf.backend("triton"):
         assert rf.verify(net, fast, torch.randn(1, 16, 4, 3)).ok
+
+
+def test_backends_that_may_take_a_chain(net, monkeypatch):
+    stage, chains = rf.fuse(net).layer1[1:], []
+    monkeypatch.setattr(rf.ops, "bottleneck_chain", lambda x, weights, *_, **__: chains.append(len(weights)) or x)
+    for backend, expected in (("cuda", [9]), ("triton", [9]), ("vendor", []), ("auto", [])):
+        chains.clear()
+        with rf.backend(backend):
+            stage(torch.randn(1, 32, 4, 3))
+        assert chains == expected
 
 
 @needs_triton

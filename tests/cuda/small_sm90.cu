@@ -34,7 +34,7 @@ using Streamed = StreamedBottleneckTraits<Element, StreamedBottleneckLayout<128,
 const Registered<BottleneckParams> kStreamed{streamed_bottleneck<Streamed>("small90_bf16_streamed", DType::kBf16)};
 #endif
 #ifdef SMALL_ROTATED
-using Rotated = RotatedTraits<Element, RotatedLayout<64, 128, 2, 2, 2>>;
+using Rotated = RotatedTraits<Element, RotatedLayout<128, 128, 2, 2, 2>>;
 const Registered<RotatedParams> kRotated{rotated<Rotated>("small90_bf16_rotated", DType::kBf16)};
 #endif
 

@@ -227,8 +227,8 @@ struct RotatedCase {
   bool last = false;  // of its chain
 };
 const RotatedCase kRotatedCases[] = {
-    {5, 11, 11, 2, 64, 128},                                     // only small_sm90.cu has a kernel for it
-    {2, 9, 8, 3, 64, 128, true},   {2, 7, 7, 3, 64, 256},        // less than a tile
+    {3, 11, 11, 2, 128, 128},                                    // only small_sm90.cu has a kernel for it
+    {2, 9, 8, 3, 128, 128, true},  {2, 7, 7, 3, 64, 256},        // less than a tile
     {2, 17, 10, 2, 64, 256},       {5, 11, 12, 5, 64, 256},      // a last tile that one block has no part of
     {1, 1, 300, 3, 64, 256, true}, {9, 5, 9, 2, 64, 256, true},  // images of a row, images within a tile
     {2, 13, 13, 2, 128, 512},      {1, 16, 15, 4, 128, 512, true},

@@ -99,7 +99,12 @@ SHAPES: dict[str, list[Shape]] = {
         Bottleneck(2, 256, 14, 14, 64, 256, projection=True),
         Bottleneck(3, 64, 14, 14, 32, 256, stride2=2, projection=True),
     ],
-    "bottleneck_chain": [BottleneckChain(2, 256, 14, 14, 64, 2), BottleneckChain(3, 40, 9, 7, 24, 3)],
+    "bottleneck_chain": [
+        BottleneckChain(2, 256, 14, 14, 64, 2),
+        BottleneckChain(3, 40, 9, 7, 24, 3),
+        BottleneckChain(5, 512, 9, 7, 128, 3),
+        BottleneckChain(90, 256, 14, 14, 64, 2),  # 138 tiles of 128 pixels, more than an H100 has multiprocessors
+    ],
     "head": [Head(3, 40, 2, 4, 24), Head(65, 512, 4, 4, 1000)],  # powers of two: exact means
 }
 """By op, and "project": the end of a bottleneck and its projection in one accumulator, a part of that op."""
@@ -118,7 +123,7 @@ TINY: dict[str, list[Shape]] = {
     "dense_block": [DenseBlock(1, 24, 5, 5, 16, 2, 40)],
     "transition": [Transition(2, 24, 6, 6, 16)],
     "project": [Bottleneck(2, 24, 5, 5, 16, 40, projection=True)],
-    "bottleneck_chain": [BottleneckChain(1, 24, 5, 5, 16, 2)],
+    "bottleneck_chain": [BottleneckChain(1, 24, 5, 5, 16, 2), BottleneckChain(1, 256, 5, 5, 64, 2)],
     "head": [Head(3, 40, 2, 4, 24)],
 }
 """One or a few of every op, as small as they get: what a sanitizer can execute, and Triton's interpreter."""
