@@ -205,7 +205,10 @@ def choose(shape: Shape, dtype: torch.dtype, device: torch.device, backend: str,
 def _choose_chain(
     shape: BottleneckChain, dtype: torch.dtype, device: torch.device, backend: str, accuracy: str, state: State
 ) -> Choice:
-    """A chain's own kernel where it was measured faster than its blocks, or is asked for and nothing was measured."""
+    """A chain's own kernel where it was measured faster than its blocks, or is asked for and nothing was measured.
+
+    Asked for CUDA's, it is taken before its blocks only where their estimates agree.
+    """
     block = choose(shape.block, dtype, device, backend, accuracy, state)
     seconds = shape.depth * block.seconds[0][1] if block.seconds else None
     single = _Candidate(block.backend, "blocks", True, seconds)
@@ -225,6 +228,8 @@ def _choose_chain(
                 _Candidate(name, c.algorithm, False, measured.get(f"{name} {c.algorithm}"), config=c.config)
                 for c in kernels.candidates(shape, dtype, device)
             ]
+    if own and backend == "cuda" and not cuda.chain_pays(shape, dtype, device):
+        return _best(shape, backend, [single, *own], obstacles)
     return _best(shape, backend, [*own, single], obstacles)
 
 

@@ -117,6 +117,22 @@ def test_chains_have_kernels(dtype: torch.dtype, name: str) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize(
+    ("shape", "pays"),
+    [
+        (BottleneckChain(8, 512, 28, 28, 128, 3), True),  # 49 tiles beside 32 of a whole block
+        (BottleneckChain(128, 512, 28, 28, 128, 3), False),  # 2.5 KB a pixel, 2 KB by whole blocks
+        (BottleneckChain(128, 256, 56, 56, 64, 2), False),
+        (BottleneckChain(128, 1024, 14, 14, 256, 5), False),  # no kernel
+    ],
+)
+def test_where_a_chain_pays(shape: BottleneckChain, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the estimates alone."""
+    monkeypatch.setattr(cuda, "device_of", lambda device: H100)
+    assert cuda.chain_pays(shape, torch.bfloat16, torch.device("cuda")) is pays
+
+
+@needs_kernels
 def test_a_launch_at_the_end_of_a_chain_is_shorter() -> None:
     chain = BottleneckChain(128, 256, 56, 56, 64, 2)
     longer, shorter = (

@@ -167,6 +167,7 @@ def measured(monkeypatch):
     monkeypatch.setattr(plan.triton, "candidates", lambda s, *_: [plan.triton.Candidate(s.op, "64 wide")])
     monkeypatch.setattr(plan.cuda, "unsupported", lambda shape, dtype, device: None)
     monkeypatch.setattr(plan.cuda, "candidates", lambda s, *_: [plan.cuda.Candidate(CUDA_KERNELS[s.op], "64 wide")])
+    monkeypatch.setattr(plan.cuda, "chain_pays", lambda shape, dtype, device: True)
     monkeypatch.setattr(plan.cudnn, "unsupported", lambda *_: None)
     plan.choose.cache_clear()
     yield times
@@ -191,10 +192,14 @@ def test_chain_is_chosen_only_where_it_was_measured_faster(measured):
     assert chosen().algorithm == "blocks"
 
 
-def test_chain_by_name(measured):
+def test_chain_by_name(measured, monkeypatch):
     assert chosen("triton").algorithm == "bottleneck_chain"
     assert (chosen("cuda").algorithm, chosen("cuda").config) == ("rotated", "64 wide")
     assert chosen("vendor").algorithm == "blocks"
+    monkeypatch.setattr(plan.cuda, "chain_pays", lambda shape, dtype, device: False)
+    assert chosen("cuda").algorithm == "blocks"
+    measured[WIDE.block], measured[WIDE] = {"cuda whole": 1e-3}, {"cuda rotated": 2e-3}
+    assert chosen("cuda").algorithm == "rotated"  # what was measured counts
 
 
 def test_chain_of_the_faster_backend(measured):

@@ -8,7 +8,9 @@ csrc/cuda/api.h).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +41,10 @@ for _schema in (
     "int pool_stride, int pool_padding, str algorithm) -> Tensor",
 ):
     native.library.define(_schema)
+
+
+_Compiled = Conv | Bottleneck | BasicBlock | BottleneckChain | Stem
+"""What the library's table knows."""
 
 
 class Candidate(NamedTuple):
@@ -108,7 +114,7 @@ def _search(shape: Shape, dtype: torch.dtype, device: Device) -> tuple[list[Cand
         return [], f"it takes {', '.join(map(str, DTYPES))}, x.dtype is {dtype}"
     if device.arch < 80:
         return [], f"it needs compute capability 8.0 or newer, the GPU has {device.arch // 10}.{device.arch % 10}"
-    if not isinstance(shape, (Conv, Bottleneck, BasicBlock, BottleneckChain, Stem)):
+    if not isinstance(shape, _Compiled):
         return [], f"it has no kernel for a whole {shape.op}"
     if any(layer.groups > 1 for layer in shape.layers()):
         return [], "it takes groups=1 only"
@@ -121,19 +127,34 @@ def _search(shape: Shape, dtype: torch.dtype, device: Device) -> tuple[list[Cand
     return whole, None if whole else why
 
 
-def _compiled(
-    shape: Conv | Bottleneck | BasicBlock | BottleneckChain | Stem,
-    dtype: torch.dtype,
-    device: Device,
-    projection: int = 0,
-) -> tuple[list[Candidate], str]:
+def _compiled(shape: _Compiled, dtype: torch.dtype, device: Device, projection: int = 0) -> tuple[list[Candidate], str]:
     """What the library's table has for one kernel launch, best first, and why it has nothing."""
+    found, why = _table(shape, dtype, device, projection)
+    return [Candidate(algorithm, kernel) for algorithm, kernel, _ in found], why
+
+
+def _table(
+    shape: _Compiled, dtype: torch.dtype, device: Device, projection: int = 0
+) -> tuple[list[tuple[str, str, float]], str]:
+    """The same as (algorithm, kernel, predicted microseconds)."""
     assert native.bindings is not None
     dims = shape.dims()
     if isinstance(shape, Conv):
         dims = {**dims, "residual": 0 if projection else dims["residual"], "projection": projection}
-    found, why = native.bindings.cuda_candidates(shape.op, dims, str(dtype).removeprefix("torch."), *device)
-    return [Candidate(algorithm, kernel) for algorithm, kernel, _ in found], why
+    return native.bindings.cuda_candidates(shape.op, dims, str(dtype).removeprefix("torch."), *device)
+
+
+def chain_pays(shape: BottleneckChain, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a chain's launches take less than its blocks one by one, by estimates that no measurement went into."""
+
+    def predicted(part: _Compiled) -> float:
+        found, _ = _table(part, dtype, device_of(device))
+        return found[0][2] if found else math.inf
+
+    layers = shape.block.layers()
+    chain = predicted(layers[0]) + (shape.depth - 1) * predicted(shape) + predicted(replace(shape, depth=1))
+    block = predicted(shape.block)  # where there is a kernel for it, the plan takes that before single layers
+    return chain < shape.depth * (sum(map(predicted, layers)) if block == math.inf else block)
 
 
 # ---- calls ---------------------------------------------------------------------------------------------------------

@@ -11,12 +11,11 @@
 // Persistent blocks of one TMA producer thread and two consumer warpgroups with 64 pixels of a tile of 128 each. Tiles
 // are runs of pixels of all images: TMA's im2col mode walks from image to image and gives h1's padding, as for a layer
 // (conv.h). h1 and all weights stream through one ring; a cluster's blocks fetch a share of each weight tile and
-// multicast it to all. Weights of mid width 64 (136 KB) would fit into shared memory; streamed, they cost L2 a quarter
-// of what it gives in the time that device memory takes, and leave room for x of a whole tile on its way during the
-// 3x3.
-// A group's side buffers form a ring of their own, kept by its first thread: x comes by TMA, y replaces it there and
-// leaves by TMA; the next h1 takes buffers that nothing was fetched into.
-// Not yet run on a GPU; what only one can show: all speed.
+// multicast it to all. Weights of mid width 64 (136 KB) would fit into shared memory; streamed, half of them a tile and
+// block, they take an eighth of what L2 gives in the time that device memory takes for the tile's images, and leave
+// room for all of its x on the way during the 3x3. A group's side buffers form a ring of their own, kept by its first
+// thread: x comes by TMA, y replaces it there and leaves by TMA; the next h1 takes buffers that nothing was fetched
+// into. Not yet run on a GPU; what only one can show: all speed.
 #pragma once
 #include "cuda/sm90/pipeline.h"
 #include "cuda/sm90/rotated_geometry.h"
@@ -274,8 +273,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   }
   float* vectors = reinterpret_cast<float*>(smem + T::kVector);
   for (int i = threadIdx.x; i < T::kVectors; i += T::kThreads) vectors[i] = rotated_vector<T>(args, i);
-  __syncthreads();
-  if constexpr (T::kCluster > 1) ptx::cluster_sync();
+  if constexpr (T::kCluster == 1) {
+    __syncthreads();
+  } else {
+    ptx::cluster_sync();
+  }
   const RotatedMaps maps{&map_h1, &map_w2, &map_w3, &map_w1, &map_x, &map_y, &map_h1_next};
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // uniform, and the compiler knows it
   if (group == T::kGroups) {

@@ -5,8 +5,7 @@
 
 namespace resnet_fused::cuda::sm90 {
 
-// The sizes that are compiled. During a 3x3, all of a tile's x but for the next h1's share is on its way (mid width
-// 64), or half of it (128).
+// The sizes that are compiled. During a 3x3 all of the tile's x is on its way (mid width 64), or half of it (128).
 using Rotated64 = RotatedLayout<64, 256, 5, 6, 2>;
 using Rotated128 = RotatedLayout<128, 512, 4, 5, 2>;
 
