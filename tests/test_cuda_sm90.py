@@ -264,8 +264,8 @@ BUGS = {
         "ROTATED",
         Bug(
             "sm90/rotated.h",
-            "        ptx::wg_commit();\n      }\n    }",
-            "        ptx::wg_commit();\n      }\n      release(position.use);\n    }",
+            "        ptx::wg_commit();\n      }\n",
+            "        ptx::wg_commit();\n        release(position.use);\n      }\n",
         ),
     ),
     "columns of W1 of the first chunk": (

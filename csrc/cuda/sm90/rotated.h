@@ -213,7 +213,6 @@ struct RotatedConsumer {
         finish(y[i], sums + 8 * i, x, T::kS3, T::kB3, chunk * kDepth + 16 * i);
         ptx::stmatrix_x4(place(buffer, i), y[i][0], y[i][1], y[i][2], y[i][3]);
       }
-      sides.store(maps.y, chunk * kDepth, row);
       if (a.next) {
         ptx::wg_fence();
 #pragma unroll
@@ -221,6 +220,7 @@ struct RotatedConsumer {
           ptx::wgmma<Element>(next, y[kk], weights + T::kSecond / 16 + kk * 2, true);
         ptx::wg_commit();
       }
+      sides.store(maps.y, chunk * kDepth, row);
     }
     ptx::wg_wait<0>();
     release(position.use - 1);
