@@ -207,7 +207,7 @@ def _choose_chain(
 ) -> Choice:
     """A chain's own kernel where it was measured faster than its blocks, or is asked for and nothing was measured.
 
-    Asked for CUDA's, it is taken before its blocks only where their estimates agree.
+    Of backend `"cuda"`, where nothing was measured, only where its estimates prefer it to the blocks.
     """
     block = choose(shape.block, dtype, device, backend, accuracy, state)
     seconds = shape.depth * block.seconds[0][1] if block.seconds else None
