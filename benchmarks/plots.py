@@ -357,7 +357,7 @@ def roofline(device: Device) -> Figure | None:
         axes.plot([left, ridge, right], [left * copy, peak, peak], color=INK, linewidth=1.6)
         axes.text(right, peak * 1.06, f"matrix product {number(peak)} GFLOP/s", ha="right", fontsize=7.5, color=MUTED)
         axes.annotate(
-            f"copy {number(copy)} GB/s", (ridge / 2, peak / 2), (-6, 4), textcoords="offset points", ha="right",
+            f"copy {number(copy)} GB/s", (ridge / 2, peak / 2), (8, -2), textcoords="offset points", va="top",
             fontsize=7.5, color=MUTED,
         )  # fmt: skip
         axes.set_xscale("log")
@@ -370,7 +370,9 @@ def roofline(device: Device) -> Figure | None:
             axes.plot(x, y, "o", markerfacecolor="none", markeredgecolor=FUSED, markersize=4, alpha=0.75)
         for x, y, _ in models:
             axes.plot(x, y, "o", color=FUSED, markersize=6.5)
-        _name(axes, models)
+        across = [left * (right / left) ** (i / 60) for i in range(61)]
+        roof = [(x, min(x * copy, peak)) for x in across]
+        _name(axes, models, roof)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(LogLocator(subs=(1, 3)))
             _plain(axis)
@@ -381,8 +383,8 @@ def roofline(device: Device) -> Figure | None:
     return figure
 
 
-def _name(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write the names of points beside them, each on the side that is farthest from the names and points so far."""
+def _name(axes: Axes, points: Sequence[tuple[float, float, str]], line: Sequence[tuple[float, float]]) -> None:
+    """Write the names of points beside them, inside the panel, on the side farthest from names, points and a line."""
     xlim, ylim = axes.get_xlim(), axes.get_ylim()
 
     def at(x: float, y: float) -> tuple[float, float]:  # in points of 1/72 inch, on a panel of 4 by 3.4 inches
@@ -390,26 +392,27 @@ def _name(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
         return 288 * across, 245 * math.log(y / ylim[0]) / math.log(ylim[1] / ylim[0])
 
     taken = [at(x, y) for x, y, _ in points]
+    roof = [at(x, y) for x, y in line]
+
+    def room(middle: tuple[float, float], half: float, here: tuple[float, float]) -> float:
+        if not half - 6 < middle[0] < 294 - half:
+            return 0.0
+        others = [*roof, *(other for other in taken if other != here)]
+        return min((max(abs(o[0] - middle[0]) / 40, abs(o[1] - middle[1]) / 9) for o in others), default=9.0)
+
     for x, y, name in sorted(points):
         half = 2.1 * len(name)
         here = at(x, y)
-        sides = {
-            (0, 6): ("center", "bottom", 0.0, 10.0),
-            (0, -6): ("center", "top", 0.0, -10.0),
-            (6, 0): ("left", "center", half + 6, 0.0),
-            (-6, 0): ("right", "center", -half - 6, 0.0),
-        }
-
-        def room(side: tuple[int, int], here: tuple[float, float] = here, sides: Any = sides) -> float:
-            _, _, dx, dy = sides[side]
-            middle = (here[0] + dx, here[1] + dy)
-            others = [other for other in taken if other != here]
-            return min((max(abs(o[0] - middle[0]) / 40, abs(o[1] - middle[1]) / 9) for o in others), default=9.0)
-
-        best = max(sides, key=lambda side: min(room(side), 1.5))
-        across, up, dx, dy = sides[best]
+        sides = (
+            ((0, 6), "center", "bottom", 0.0, 10.0),
+            ((0, -6), "center", "top", 0.0, -10.0),
+            ((6, 0), "left", "center", half + 6, 0.0),
+            ((-6, 0), "right", "center", -half - 6, 0.0),
+        )
+        rooms = [min(room((here[0] + dx, here[1] + dy), half, here), 1.5) for *_, dx, dy in sides]
+        offset, across, up, dx, dy = sides[rooms.index(max(rooms))]
         taken.append((here[0] + dx, here[1] + dy))
-        axes.annotate(name, (x, y), best, textcoords="offset points", ha=across, va=up, fontsize=7)
+        axes.annotate(name, (x, y), offset, textcoords="offset points", ha=across, va=up, fontsize=7)
 
 
 def model_points(device: Device, dtype: str) -> list[tuple[float, float, str]]:
