@@ -120,6 +120,29 @@ def test_integers_come_out_exactly(isa, op, dtype, algorithm):
         assert torch.equal(run(case, algorithm), case.exact().to(dtype))
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("wide", [False, True])
+def test_long_sums_err_less_than_one_chain(isa, kernel, wide):
+    """A float32 sum is several chains: rounding grows with a chain's length."""
+    products, size = 1152, 7  # 128 channels in a 3x3
+    x = torch.randn(1, products // kernel**2, size, size).relu()
+    weight = torch.randn(64 if wide else 16, x.shape[1], kernel, kernel) / 50
+    columns = torch.nn.functional.unfold(x, kernel, padding=kernel // 2)[0]
+    chain = torch.zeros(len(weight), size * size)
+    for a, b in zip(weight.flatten(1).T, columns, strict=True):
+        chain = (chain.double() + a.double()[:, None] * b.double()).float()
+    exact = weight.double().flatten(1) @ columns.double()
+    y = cpu.conv_bn_act(
+        x.contiguous(memory_format=torch.channels_last), weight, None, torch.zeros(len(weight)), None, stride=(1, 1),
+        padding=(kernel // 2,) * 2, dilation=(1, 1), groups=1, activation="none", algorithm="direct",
+    )  # fmt: skip
+
+    def error(z):
+        return (z.flatten(-2).squeeze(0) - exact).square().mean().sqrt()
+
+    assert error(y) < 0.6 * error(chain.view(1, len(weight), size, size))
+
+
 @pytest.mark.parametrize("op", EXAMPLES)
 def test_nan_spreads_no_further_than_its_window(isa, op):
     case = EXAMPLES[op](h=23, w=23)
