@@ -391,14 +391,16 @@ def _name(axes: Axes, points: Sequence[tuple[float, float, str]], line: Sequence
         across = math.log(x / xlim[0]) / math.log(xlim[1] / xlim[0])
         return 288 * across, 245 * math.log(y / ylim[0]) / math.log(ylim[1] / ylim[0])
 
-    taken = [at(x, y) for x, y, _ in points]
-    roof = [at(x, y) for x, y in line]
+    dot = 3.0  # half the width of a point; of a name about 2.1 a letter
+    taken = [(*at(x, y), dot) for x, y, _ in points]
+    roof = [(*at(x, y), dot) for x, y in line]
 
-    def room(middle: tuple[float, float], half: float, here: tuple[float, float]) -> float:
-        if not half - 6 < middle[0] < 294 - half:
+    def room(x: float, y: float, half: float, own: tuple[float, float, float]) -> float:
+        """How far a name there is from touching anything else: 1 where it just does."""
+        if not half - 6 < x < 294 - half:
             return 0.0
-        others = [*roof, *(other for other in taken if other != here)]
-        return min((max(abs(o[0] - middle[0]) / 40, abs(o[1] - middle[1]) / 9) for o in others), default=9.0)
+        others = [*roof, *(other for other in taken if other != own)]
+        return min((max(abs(o[0] - x) / (half + o[2] + 2), abs(o[1] - y) / 9) for o in others), default=9.0)
 
     for x, y, name in sorted(points):
         half = 2.1 * len(name)
@@ -409,9 +411,9 @@ def _name(axes: Axes, points: Sequence[tuple[float, float, str]], line: Sequence
             ((6, 0), "left", "center", half + 6, 0.0),
             ((-6, 0), "right", "center", -half - 6, 0.0),
         )
-        rooms = [min(room((here[0] + dx, here[1] + dy), half, here), 1.5) for *_, dx, dy in sides]
+        rooms = [min(room(here[0] + dx, here[1] + dy, half, (*here, dot)), 1.5) for *_, dx, dy in sides]
         offset, across, up, dx, dy = sides[rooms.index(max(rooms))]
-        taken.append((here[0] + dx, here[1] + dy))
+        taken.append((here[0] + dx, here[1] + dy, half))
         axes.annotate(name, (x, y), offset, textcoords="offset points", ha=across, va=up, fontsize=7)
 
 
