@@ -384,7 +384,7 @@ def roofline(device: Device) -> Figure | None:
 
 
 def _name(axes: Axes, points: Sequence[tuple[float, float, str]], line: Sequence[tuple[float, float]]) -> None:
-    """Write the names of points beside them, inside the panel, on the side farthest from names, points and a line."""
+    """Write the names of points beside them, inside the panel, where nothing else is: near if that is possible."""
     xlim, ylim = axes.get_xlim(), axes.get_ylim()
 
     def at(x: float, y: float) -> tuple[float, float]:  # in points of 1/72 inch, on a panel of 4 by 3.4 inches
@@ -410,11 +410,14 @@ def _name(axes: Axes, points: Sequence[tuple[float, float, str]], line: Sequence
             ((0, -6), "center", "top", 0.0, -10.0),
             ((6, 0), "left", "center", half + 6, 0.0),
             ((-6, 0), "right", "center", -half - 6, 0.0),
+            *(((x, y), "center", "center", x, y) for y in (-24, 24) for x in (-0.8 * half, 0.0, 0.8 * half)),
         )
-        rooms = [min(room(here[0] + dx, here[1] + dy, half, (*here, dot)), 1.5) for *_, dx, dy in sides]
-        offset, across, up, dx, dy = sides[rooms.index(max(rooms))]
+        rooms = [room(here[0] + dx, here[1] + dy, half, (*here, dot)) for *_, dx, dy in sides]
+        free = (side for side, space in enumerate(rooms) if space >= 1)
+        offset, across, up, dx, dy = sides[next(free, rooms.index(max(rooms)))]
         taken.append((here[0] + dx, here[1] + dy, half))
-        axes.annotate(name, (x, y), offset, textcoords="offset points", ha=across, va=up, fontsize=7)
+        thread = None if max(map(abs, offset)) <= 6 else {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6}
+        axes.annotate(name, (x, y), offset, textcoords="offset points", ha=across, va=up, fontsize=7, arrowprops=thread)
 
 
 def model_points(device: Device, dtype: str) -> list[tuple[float, float, str]]:
