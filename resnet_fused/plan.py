@@ -228,9 +228,8 @@ def _choose_chain(
                 _Candidate(name, c.algorithm, False, measured.get(f"{name} {c.algorithm}"), config=c.config)
                 for c in kernels.candidates(shape, dtype, device)
             ]
-    if own and backend == "cuda" and not cuda.chain_pays(shape, dtype, device):
-        return _best(shape, backend, [single, *own], obstacles)
-    return _best(shape, backend, [*own, single], obstacles)
+    blocks_first = own and backend == "cuda" and not cuda.chain_pays(shape, dtype, device)
+    return _best(shape, backend, [single, *own] if blocks_first else [*own, single], obstacles)
 
 
 def _gpu_unsupported(kernels: ModuleType, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:

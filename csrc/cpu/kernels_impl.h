@@ -37,7 +37,8 @@ RF_INLINE Vec broadcast(const char* p) {
 #endif
 }
 
-// c + a * b; apply_at: of the word of A at `a`, for the one product that takes it.
+// c + a * b; apply_at: of the word of A at `a`, for the one product that takes it. In assembly the sum stays in its
+// register: GCC 12 moves six of them and spills one every four steps, 2-5% of a layer.
 struct F32Product {
   static RF_INLINE void apply(Vec a, Vec b, Vec& c) {
 #if defined(__AVX512F__)

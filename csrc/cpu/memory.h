@@ -8,7 +8,8 @@
 
 namespace resnet_fused::cpu {
 
-// Scratch of the calling thread, 64-byte aligned; its contents are undefined. Grows, and stays until release_memory().
+// Scratch of the calling thread, 64-byte aligned: zeros, or what earlier calls left. Grows, and stays until
+// release_memory().
 enum class Slot : int {
   kLevel0,
   kLevel1,
