@@ -5,6 +5,7 @@
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "tables.h"
+#include "watch.h"
 
 namespace {
 
@@ -22,6 +23,41 @@ py::list dicts(const std::vector<tables::Row>& rows) {
   py::list list;
   for (const tables::Row& row : rows) list.append(dict(row));
   return list;
+}
+
+// Whether what a recording depends on is as it was. Asked on every call, after kernels that left nothing of Python's in
+// the caches, so the dictionaries and tensors behind the next ones are asked for meanwhile.
+bool unchanged(const py::tuple& entries, const py::tuple& sizes, const py::tuple& versions, const py::object& watched) {
+  constexpr Py_ssize_t kAhead = 16;
+  auto at = [](const py::tuple& t, Py_ssize_t i) { return PyTuple_GET_ITEM(t.ptr(), i); };
+  auto ask = [&](const py::tuple& t, Py_ssize_t i) {
+    if (i < PyTuple_GET_SIZE(t.ptr())) __builtin_prefetch(at(t, i));
+  };
+  auto check = [](bool ok) {
+    if (!ok && PyErr_Occurred()) throw py::error_already_set();
+  };
+  for (Py_ssize_t i = 0; i + 2 < PyTuple_GET_SIZE(entries.ptr()); i += 3) {
+    ask(entries, i + 3 * kAhead);
+    PyObject* const value = PyDict_GetItemWithError(at(entries, i), at(entries, i + 1));  // borrowed
+    check(value);
+    if ((value ? value : Py_None) != at(entries, i + 2)) return false;
+  }
+  for (Py_ssize_t i = 0; i + 1 < PyTuple_GET_SIZE(sizes.ptr()); i += 2) {
+    ask(sizes, i + 2 * kAhead);
+    const Py_ssize_t size = PyDict_Size(at(sizes, i));
+    check(size >= 0);
+    if (size != PyLong_AsSsize_t(at(sizes, i + 1))) return false;
+  }
+  if (!resnet_fused::tensors_unchanged(reinterpret_cast<const void*>(watched.attr("data_ptr")().cast<uintptr_t>())))
+    return false;
+  static const py::handle name = py::str("_version").release();
+  for (Py_ssize_t i = 0; i + 1 < PyTuple_GET_SIZE(versions.ptr()); i += 2) {
+    ask(versions, i + 2 * kAhead);
+    const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(at(versions, i), name.ptr()));
+    check(now.ptr());
+    if (PyLong_AsLong(now.ptr()) != PyLong_AsLong(at(versions, i + 1))) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -44,6 +80,10 @@ PYBIND11_MODULE(_bindings, m) {
   m.def("release_memory", &release_memory, "Give them back to the system; no kernel may be running.");
   m.def("pool_limit", &pool_limit, "Most bytes of idle outputs that are kept.");
   m.def("set_pool_limit", &set_pool_limit, py::arg("bytes"));
+  m.def("unchanged", &unchanged, py::arg("entries"), py::arg("sizes"), py::arg("versions"), py::arg("watched"),
+        "Whether dictionary.get(key) is value for each three of `entries`, len(dictionary) == size for each two of "
+        "`sizes`, tensor._version == version for each two of `versions`, and the tensors that `_watch` made `watched` "
+        "of are where and what they were.");
   m.def("poison_workspaces", &poison_workspaces, "Fill the workspaces with NaN (tests).");
 #ifdef RESNET_FUSED_CUDA
   m.def(

@@ -71,6 +71,25 @@ def poison_workspaces() -> None:
     _call("poison_workspaces")
 
 
+def unchanged(
+    entries: tuple[Any, ...], sizes: tuple[Any, ...], versions: tuple[Any, ...], watched: torch.Tensor
+) -> bool:
+    """Whether all that a recording depends on is as it was.
+
+    Args:
+        entries: dictionary, key and value, one after the other: `dictionary.get(key) is value`.
+        sizes: dictionary and number of its entries, one after the other.
+        versions: tensor and its version, one after the other.
+        watched: made by the op `_watch` of the tensors that are to be where and what they were.
+    """
+    return (
+        all([store.get(key) is value for store, key, value in zip(*[iter(entries)] * 3, strict=True)])
+        and all([len(store) == size for store, size in zip(*[iter(sizes)] * 2, strict=True)])
+        and all([tensor._version == version for tensor, version in zip(*[iter(versions)] * 2, strict=True)])
+        and torch.ops.resnet_fused._unchanged.default(watched)
+    )
+
+
 if _call("has_cuda"):
 
     def cuda_kernel_table() -> list[dict[str, Any]]:

@@ -176,6 +176,10 @@ class Watched:
             return "a module inside it was replaced after fusing"
         if any([m.training for m in self.present]):
             return "a module inside it is in train mode"
+        return self.where_unfused(device)
+
+    def where_unfused(self, device: torch.device | None) -> str | None:
+        """`why_unfused`, as far as it is a matter of where the call comes from and not of the modules."""
         if _state.unfused:
             return "inside unfused()"
         if self.owners and not all([any([m is owner for m in _state.running]) for owner in self.owners]):
@@ -191,6 +195,17 @@ class Watched:
     def tensors(self) -> list[Tensor]:
         """What scales and shifts depend on, then the weights."""
         return [store[name] for store, name in (*self.sources, *self.weights)]
+
+    def entries(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """Modules, modes, eps and tensors as (dictionary, key, value there now): what says that all is as it was."""
+        places: list[tuple[dict[str, Any], str]] = [
+            *self.inside,
+            *((module.__dict__, "training") for module in self.present),
+            *((norm.__dict__, "eps") for norm in self.norms),
+            *self.sources,
+            *self.weights,
+        ]
+        return [(store, name, store.get(name)) for store, name in places]
 
     @classmethod
     def all_of(cls, pieces: Sequence[Watched]) -> Watched:

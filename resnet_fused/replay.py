@@ -12,7 +12,7 @@ torch.func, the profiler, hooks on all modules, gradients.
 
 from __future__ import annotations
 
-import operator
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import plan
-from .fusion import Fusion, Watched, address, hook_stores, is_watched, version
+from .fusion import Fusion, Watched, hook_stores, is_watched
 from .kernels import native
 from .settings import resolve_backend
 
@@ -49,34 +49,27 @@ class Recording:
     ) -> None:
         self.handles = handles
         self.choices = choices
-        self._fusions = fusions
-        self._blocks = [block.__dict__ for block in blocks]
-        self._watched = Watched.all_of([fusion.watched for fusion in fusions])
-        self._watched.hooks += [store for block in blocks for store in hook_stores(block)]
-        self._eps = self._watched.eps()
-        self._kept = [fusion.kept for fusion in fusions]
-        self.tensors = self._watched.tensors()
+        self._watched = watched = Watched.all_of([fusion.watched for fusion in fusions])
+        self.tensors = watched.tensors()
         self._aliases = [t.detach() for t in self.tensors]  # so that no other tensor can come by the same address
-        self._addresses = [*map(address, self.tensors)]
-        self._strides = [t.stride() for t in self.tensors]
+        entries = [
+            *watched.entries(),
+            *((fusion.__dict__, "kept", fusion.kept) for fusion in fusions),
+            *((block.__dict__, "forward", None) for block in blocks),
+        ]
+        hooks = [*watched.hooks, *(store for block in blocks for store in hook_stores(block))]
         inference = any(t.is_inference() for t in self.tensors)
-        self._versions = None if inference else [*map(version, self.tensors)]
+        self._guard = (
+            tuple(itertools.chain.from_iterable(entries)),
+            tuple(itertools.chain.from_iterable((store, len(store)) for store in (*hooks, *watched.whole))),
+            () if inference else tuple(itertools.chain.from_iterable((t, t._version) for t in self.tensors)),
+            torch.ops.resnet_fused._watch.default(self.tensors),
+        )
 
     def holds(self) -> bool:
         """Whether all is as it was."""
-        if self._watched.why_unfused(CPU) is not None or self._watched.eps() != self._eps:
-            return False
-        if any(["forward" in block for block in self._blocks]):
-            return False
-        if not all(map(operator.is_, self._kept, [fusion.kept for fusion in self._fusions])):
-            return False
-        tensors = self._watched.tensors()
-        return (
-            all(map(operator.is_, tensors, self.tensors))
-            and [*map(address, tensors)] == self._addresses
-            and (self._versions is None or [*map(version, tensors)] == self._versions)
-            and [t.stride() for t in tensors] == self._strides
-        )
+        assert native.bindings is not None
+        return self._watched.where_unfused(CPU) is None and native.bindings.unchanged(*self._guard)
 
     def run(self, x: Tensor) -> Tensor:
         """The output of the last piece."""

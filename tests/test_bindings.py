@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import resnet_fused
 from resnet_fused.kernels import native
@@ -82,3 +83,41 @@ def test_wrong_arguments(plain: ModuleType) -> None:
             module.cost("conv", {}, "float32", "direct", 1)
         with pytest.raises(ValueError, match="dtype: expected float32 or bfloat16, got int8"):
             module.cost("conv", {}, "int8", "direct", 1)
+
+
+UNCHANGED = {
+    "value": lambda store, tensor: store.update(a=2.0),
+    "equal value": lambda store, tensor: store.update(a=float("1.5")),
+    "entry gone": lambda store, tensor: store.pop("a"),
+    "entry that was not there": lambda store, tensor: store.update(b=1),
+    "size": lambda store, tensor: store.update(c=0),
+    "in place": lambda store, tensor: tensor.zero_(),
+    "memory": lambda store, tensor: setattr(tensor, "data", tensor.clone()),
+    "strides": lambda store, tensor: setattr(tensor, "data", tensor.data.t()),
+    "sizes": lambda store, tensor: setattr(tensor, "data", tensor.data[:2]),
+    "dimensions": lambda store, tensor: setattr(tensor, "data", tensor.data[None]),
+    "dtype": lambda store, tensor: setattr(tensor, "data", tensor.data.view(torch.int32)),
+}
+
+
+@pytest.mark.parametrize("change", [None, *UNCHANGED])
+@pytest.mark.parametrize("which", ["compiled", "plain"])
+def test_unchanged(plain: ModuleType, which: str, change: str | None) -> None:
+    bindings = native.bindings if which == "compiled" else plain
+    assert bindings is not None
+    value, tensor, other = float("1.5"), torch.ones(3, 3), torch.ones(2)
+    store = {"a": value, "none": None}
+    entries = (store, "a", value, store, "b", None, store, "none", None)
+    sizes = ({}, 0, {1: 2}, 1) + ((store, 2) if change == "size" else ())
+    watched = torch.ops.resnet_fused._watch.default([other, tensor])
+    versions = (other, other._version, tensor, tensor._version)
+    if change is not None:
+        UNCHANGED[change](store, tensor)
+    assert bindings.unchanged(entries, sizes, versions, watched) is (change is None)
+
+
+def test_only_what_watch_made_is_unchanged_or_not(plain: ModuleType) -> None:
+    good = torch.ops.resnet_fused._watch.default([torch.ones(1)])
+    for bad in (torch.zeros(3, dtype=torch.uint8), torch.zeros_like(good)):
+        with pytest.raises(RuntimeError, match="made by _watch"):
+            plain.unchanged((), (), (), bad)

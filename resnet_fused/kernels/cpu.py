@@ -40,6 +40,8 @@ for _schema in (
     "_cpu_record(Tensor x) -> ()",
     "_cpu_recorded(Tensor y) -> Tensor",
     "_cpu_replay(Tensor x, Tensor[] recordings) -> Tensor",
+    "_watch(Tensor[] tensors) -> Tensor",
+    "_unchanged(Tensor watched) -> bool",
 ):
     native.library.define(_schema)
 native.load()
