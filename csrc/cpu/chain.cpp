@@ -173,11 +173,12 @@ struct Chain {
     if (st.in_place) {
       const int64_t channels = int64_t{s.c} * element_size(block.dtype);
       // In place needs x's own values and type, whole words, a full sub-tile in x, and rows that do not all fall into
-      // the same sets of L1 (4 KiB apart).
+      // the same sets of L1 (4 KiB apart), but for the six of the wide tile: 2-4% of stages 3 and 4.
       const int sub = tallest(st.pack);
+      const bool six_rows = !st.pack.bf16 && kernels.wide_sub && wide_tile_cost() < 1 && s.stride_w == 1;
       st.gather = block.in_scale || st.pack.bf16 != (block.dtype == DType::kBf16) ||
                   int64_t{st.pack.words} * 4 != channels || (int64_t{block.n} * h * w - 1) / s.stride_w + 1 < sub ||
-                  x_pixel * s.stride_w % 4096 == 0;
+                  (x_pixel * s.stride_w % 4096 == 0 && !six_rows);
       st.pitch = x_pixel * s.stride_w;
       return st;
     }
