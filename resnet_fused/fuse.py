@@ -14,6 +14,7 @@ from .fusion import OWN_HOOKS, Fusion, Settings, enter, leave, restore_format
 from .matchers.search import Search
 from .mixins import FUSED_ATTRIBUTES, Fused, fused_class, original_class
 from .nn._drop_in import DropIn
+from .route import Route
 from .settings import ACCURACIES, BACKENDS, one_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -112,7 +113,11 @@ def apply(found: Search, model: nn.Module) -> None:
     for module, (_, attributes) in found.changes.items():
         module.__dict__.update(attributes)
         module.__class__ = classes[module]
-    for owner in found.owners:
+    routes = [route for candidate in found.routes if len((route := Route(*candidate)).stops) > 1]
+    for route in routes:
+        for member in route.fused:
+            member.__dict__["_fused_route"] = route
+    for owner in dict.fromkeys((*found.owners, *(route.owner for route in routes))):
         owner.register_forward_pre_hook(enter)
         owner.register_forward_hook(leave, always_call=True)
     model.register_forward_hook(restore_format, with_kwargs=True)

@@ -28,6 +28,7 @@ class _State(threading.local):
         self.unfused = False
         # Changed in place only: what torch.compile makes of an assignment does not reach the thread-local value.
         self.running: list[nn.Module] = []
+        self.covered: list[tuple[nn.Module, nn.Module]] = []  # owner, and a module whose output it has already
 
 
 _state = _State()
@@ -52,6 +53,22 @@ def enter(owner: nn.Module, args: tuple[Any, ...]) -> None:
 def leave(owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook that ends what `enter` began."""
     _state.running.pop()
+    if _state.covered:
+        _state.covered[:] = [entry for entry in _state.covered if entry[0] is not owner]
+
+
+def cover(owner: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Let each of these modules pass its input on when `owner`'s forward, which is running, comes to it."""
+    _state.covered += [(owner, module) for module in modules]
+
+
+def uncover(module: nn.Module) -> bool:
+    """Whether a module's output is computed already; then it is so no longer."""
+    for i, (_, covered) in enumerate(_state.covered):
+        if covered is module:
+            del _state.covered[i]
+            return True
+    return False
 
 
 def restore_format(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -14,18 +14,25 @@ from torch import fx, nn
 
 from . import replay
 from .fusion import Fusion
+from .route import Route, through
 
-FUSED_ATTRIBUTES = ("_fused_op", "_fused_steps")  # what fusing adds to a module
+FUSED_ATTRIBUTES = ("_fused_op", "_fused_steps", "_fused_route")  # what fusing adds to a module
 
 
 class Fused:
     """Runs `_fused_op` in place of the forward of the class behind it."""
 
     _fused_op: Fusion | None = None
+    _fused_route: Route | None = None
 
     def fusions(self) -> Sequence[Fusion]:
         """What of this module runs as fused ops."""
         return () if self._fused_op is None else (self._fused_op,)
+
+    def pieces(self) -> list[tuple[Fusion, nn.Module]] | None:
+        """What it runs as, with the modules that are not called then; None if that is not fused ops alone."""
+        alone = type(self)._fused_output is Fused._fused_output and type(self).forward is Fused.forward
+        return [(self._fused_op, self)] if alone and self._fused_op is not None else None  # type: ignore[list-item]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The fused op in eval mode, the original forward otherwise."""
@@ -33,7 +40,9 @@ class Fused:
             return call_module(self, args, kwargs)
         fusion = self._fused_op
         if fusion is not None and not kwargs and len(args) == 1:
-            output = self._fused_output(fusion, args[0])
+            output = through(self, args[0])  # type: ignore[arg-type]
+            if output is None:
+                output = self._fused_output(fusion, args[0])
             if output is not None:
                 return output
         return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -73,6 +82,10 @@ class Skipped(Fused):
     def fusions(self) -> Sequence[Fusion]:
         """None of its own."""
         return ()
+
+    def pieces(self) -> list[tuple[Fusion, nn.Module]]:
+        """None of its own."""
+        return []
 
     def _fused_output(self, fusion: Fusion, x: Any) -> Any:
         return x if fusion.why_unfused(x) is None else None

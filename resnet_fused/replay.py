@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from . import plan
 from .fusion import Fusion, Watched, hook_stores, is_watched
 from .kernels import native
 from .settings import resolve_backend
+
+if TYPE_CHECKING:
+    from .route import Route
 
 CPU = torch.device("cpu")
 
@@ -36,6 +40,7 @@ class Recording:
     Args:
         fusions: the pieces, as many as could be recorded.
         blocks: the modules around them whose own hooks and forward are passed by.
+        route: what else is passed by.
         handles: one for each piece, made by the native library.
         choices: what the plan decided, for `explain`.
     """
@@ -44,18 +49,21 @@ class Recording:
         self,
         fusions: Sequence[Fusion],
         blocks: Sequence[nn.Module],
+        route: Route | None,
         handles: list[Tensor],
         choices: list[plan.Choice],
     ) -> None:
         self.handles = handles
         self.choices = choices
-        self._watched = watched = Watched.all_of([fusion.watched for fusion in fusions])
+        around = [] if route is None else [route.watched]
+        self._watched = watched = Watched.all_of([*(fusion.watched for fusion in fusions), *around])
         self.tensors = watched.tensors()
         self._aliases = [t.detach() for t in self.tensors]  # so that no other tensor can come by the same address
         entries = [
             *watched.entries(),
             *((fusion.__dict__, "kept", fusion.kept) for fusion in fusions),
             *((block.__dict__, "forward", None) for block in blocks),
+            *(() if route is None else route.entries()),
         ]
         hooks = [*watched.hooks, *(store for block in blocks for store in hook_stores(block))]
         inference = any(t.is_inference() for t in self.tensors)
@@ -78,13 +86,16 @@ class Recording:
         return torch.ops.resnet_fused._cpu_replay.default(x, self.handles)
 
 
-def run(fusions: Sequence[Fusion], x: Tensor, blocks: Sequence[nn.Module] = ()) -> tuple[Tensor, int]:
+def run(
+    fusions: Sequence[Fusion], x: Tensor, blocks: Sequence[nn.Module] = (), route: Route | None = None
+) -> tuple[Tensor, int]:
     """Run as many of the pieces as may run as one call.
 
     Args:
         fusions: neighbours, each of which takes the output of the one before.
         x: input of the first.
         blocks: the modules that are not called for it, where `fusions` are theirs; none of them may have a hook.
+        route: goes through more modules than `blocks`, and may end behind some of the pieces only (`Route.stops`).
 
     Returns:
         The output of the last one that was run, and how many were; x and 0 if they have to be called.
@@ -102,7 +113,7 @@ def run(fusions: Sequence[Fusion], x: Tensor, blocks: Sequence[nn.Module] = ()) 
     recording = kept.get(key)
     if recording is None or not recording.holds():
         kept.pop(key, None)
-        recording = _record(fusions, blocks, x)
+        recording = _record(fusions, blocks, route, x)
         if recording is None:
             return x, 0
         while len(kept) >= RECORDINGS_PER_FUSION:
@@ -134,28 +145,34 @@ def _wants_gradients(x: Tensor, tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any([t.requires_grad for t in tensors]))
 
 
-def _record(fusions: Sequence[Fusion], blocks: Sequence[nn.Module], x: Tensor) -> Recording | None:
+def _record(fusions: Sequence[Fusion], blocks: Sequence[nn.Module], route: Route | None, x: Tensor) -> Recording | None:
     """The pieces up to the first that other kernels take part in; None if one may not run fused now."""
     if any(map(is_watched, blocks)):
         return None
-    watched = Watched.all_of([fusion.watched for fusion in fusions])
+    around = [] if route is None else [route.watched]
+    watched = Watched.all_of([*(fusion.watched for fusion in fusions), *around])
+    if route is not None and any([store.get(key) is not value for store, key, value in route.entries()]):
+        return None
     if watched.why_unfused(CPU) is not None or _wants_gradients(x, watched.tensors()):
         return None
     handles: list[Tensor] = []
-    choices: list[plan.Choice] = []
+    choices: list[list[plan.Choice]] = []
     for fusion in fusions:
         if not fusion.recordable or fusion.settings != fusions[0].settings:
             break
-        with plan.record() as noted:
+        with plan.record() as choice:
             handle, y = _handle(fusion, x)
         if not handle.numel():
             break
         handles.append(handle)
-        choices += noted
+        choices.append(choice)
         x = y
+    if route is not None:
+        del handles[max((stop for stop in route.stops if stop <= len(handles)), default=0) :]
     # One that cannot be recorded is watched all the same: it is not tried again at every call.
     count = max(1, len(handles))
-    return Recording(fusions[:count], blocks[:count], handles, choices)
+    noted = [choice for each in choices[: len(handles)] for choice in each]
+    return Recording(fusions[:count], blocks[:count], route, handles, noted)
 
 
 def _handle(fusion: Fusion, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from . import ops, plan, replay
 from .fusion import BottleneckFusion, Fusion, is_image, is_watched
 from .mixins import Fused, run_fused
+from .route import through
 from .settings import resolve_backend
 
 Step = tuple[tuple[nn.Module, ...], Fusion | None]
@@ -33,10 +34,16 @@ class FusedStage(Fused):
         """None of its own: its blocks have theirs."""
         return ()
 
+    def pieces(self) -> list[tuple[Fusion, nn.Module]] | None:
+        """What its children run as, if all are fused."""
+        return _pieces([((child,), None) for child in self._modules.values()])  # type: ignore[attr-defined]
+
     def forward(self, input: Any) -> Any:
         """Each child, or several neighbours at once, in turn."""
         if not is_image(input):
             return super(Fused, self).forward(input)  # type: ignore[misc]
+        if (output := through(self, input)) is not None:  # type: ignore[arg-type]
+            return output
         children: list[nn.Module] = list(self._modules.values())  # type: ignore[attr-defined]
         i = 0
         while i < len(children):
@@ -57,12 +64,18 @@ class FusedSequential(Fused):
         """The fused neighbours, in order."""
         return () if self._fused_steps is None else [fusion for _, fusion in self._fused_steps[1] if fusion is not None]
 
+    def pieces(self) -> list[tuple[Fusion, nn.Module]] | None:
+        """What its steps run as, if all are fused."""
+        return None if self._fused_steps is None else _pieces(self._fused_steps[1])
+
     def forward(self, input: Any) -> Any:
         """Each child, group of fused ones, or several of those at once, in turn."""
         steps = self._fused_steps
         children = list(self._modules.values())  # type: ignore[attr-defined]
         if isinstance(input, fx.Proxy) or steps is None or children != steps[0]:
             return super(Fused, self).forward(input)  # type: ignore[misc]
+        if (output := through(self, input)) is not None:  # type: ignore[arg-type]
+            return output
         i = 0
         while i < len(steps[1]):
             input, count = _run_steps(steps[1][i:], input)
@@ -91,7 +104,7 @@ def _run(children: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
 
 def _run_steps(steps: Sequence[Step], x: Any) -> tuple[Any, int]:
     """Run the first step, or as many as may run together; the output, and how many they were."""
-    found = (fusion or (_fusion(modules[0]) if len(modules) == 1 else None) for modules, fusion in steps)
+    found = map(_step_fusion, steps)
     fusions = [*itertools.takewhile(lambda fusion: fusion is not None, found)]
     if len(fusions) > 1 and is_image(x):
         heads = [modules[0] for modules, _ in steps[: len(fusions)]]
@@ -104,6 +117,19 @@ def _run_steps(steps: Sequence[Step], x: Any) -> tuple[Any, int]:
     for module in modules:
         x = module(x)
     return x, 1
+
+
+def _step_fusion(step: Step) -> Fusion | None:
+    """What a step runs as, if that is one op."""
+    modules, fusion = step
+    return fusion or (_fusion(modules[0]) if len(modules) == 1 else None)
+
+
+def _pieces(steps: Sequence[Step]) -> list[tuple[Fusion, nn.Module]] | None:
+    """What the steps run as, each with its first module; None if one of them is called."""
+    found = [(_step_fusion(step), step[0][0]) for step in steps]
+    pieces = [(fusion, module) for fusion, module in found if fusion is not None]
+    return pieces if len(pieces) == len(found) else None
 
 
 def _fusion(child: Any) -> Fusion | None:

@@ -108,10 +108,100 @@ def test_the_same_bits_and_format(net, dtype, memory_format, weights):
     assert fast(x).stride() == one_by_one(fast, x).stride()
 
 
-def test_neighbours_are_one_call(fast, replays):
+def test_the_forward_is_one_call(fast, replays):
     with torch.no_grad():
         fast(X)
-    assert replays == [1, 3, 2]
+    assert replays == [6]
+
+
+class Apart(Net):
+    """Computes the same, but what stands between its stages is no module."""
+
+    def forward(self, x):
+        return self.layer2(self.layer1(self.stem(x).relu()).relu())
+
+
+class Features(Net):
+    """Gives what its stages pass on, too."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.layer1(x)
+        return x, y, self.layer2(y)
+
+
+class Twice(Net):
+    """Calls a stage twice."""
+
+    def forward(self, x):
+        return self.layer2(self.layer2(self.layer1(self.stem(x))))
+
+
+class Between(Net):
+    """Has modules that do nothing in eval mode between its stages, and one that does."""
+
+    def __init__(self):
+        super().__init__()
+        self.nothing, self.drop, self.last = nn.Identity(), nn.Dropout(0.5), nn.Softplus()
+
+    def forward(self, x):
+        return self.last(self.layer2(self.drop(self.layer1(self.nothing(self.stem(x))))))
+
+
+@pytest.mark.parametrize(
+    ("cls", "lengths"), [(Apart, [1, 3, 2]), (Features, [1, 3, 2]), (Twice, [4, 2, 2]), (Between, [6])]
+)
+def test_what_is_one_call(cls, lengths, replays):
+    torch.manual_seed(0)
+    net = rf.models.randomize_batchnorms(cls()).eval()
+    fast = rf.fuse(net)
+    with torch.no_grad():
+        for model in (fast, copy.deepcopy(fast)):
+            replays.clear()
+            torch.testing.assert_close(model(X), net(X), rtol=1e-4, atol=1e-4)
+            assert replays == lengths
+        for block in (net.layer1[1], fast.layer1[1]):  # a change in the middle
+            scaled(block.conv2.weight)
+        torch.testing.assert_close(fast(X), net(X), rtol=1e-4, atol=1e-4)
+        if cls is Between:
+            fast.drop.train()
+            torch.manual_seed(1)
+            assert not torch.allclose(fast(X), net(X), rtol=1e-3, atol=1e-3)
+
+
+def test_a_stage_given_back_its_modules_is_called(net, fast, replays):
+    rf.unfuse(fast.layer1, inplace=True)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(X), net(X), rtol=1e-4, atol=1e-4)
+        rf.fuse(fast.layer1, inplace=True)
+        torch.testing.assert_close(fast(X), net(X), rtol=1e-4, atol=1e-4)
+        rf.fuse(fast, inplace=True)
+        replays.clear()
+        torch.testing.assert_close(fast(X), net(X), rtol=1e-4, atol=1e-4)
+    assert replays == [6]
+
+
+def test_an_error_in_the_forward_leaves_nothing_behind(net):
+    class Raises(Net):
+        bad = False
+
+        def forward(self, x):
+            x = self.stem(x)
+            if self.bad:
+                raise ValueError("bad")
+            return self.layer2(self.layer1(x))
+
+    torch.manual_seed(0)
+    fast = rf.fuse(rf.models.randomize_batchnorms(Raises()).eval())
+    with torch.no_grad():
+        fast(X)
+        fast.bad = True
+        with pytest.raises(ValueError, match="bad"):
+            fast(X)
+        x = net.stem(X)
+        torch.testing.assert_close(fast.layer1(x), net.layer1(x), rtol=1e-4, atol=1e-4)
+        fast.bad = False
+        torch.testing.assert_close(fast(X), net(X), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
@@ -263,6 +353,9 @@ CHANGES = {
     "block replaced": lambda m: m.layer1.__setitem__(1, nn.Identity()),
     "block added": lambda m: m.layer1.append(nn.Softplus()),
     "block taken away": lambda m: m.layer1.__delitem__(2),
+    "stage replaced": lambda m: setattr(m, "layer2", nn.Identity()),
+    "stem replaced": lambda m: setattr(m, "stem", nn.Identity()),
+    "stage's forward": lambda m: setattr(m.layer2, "forward", torch.neg),
     "block's forward": lambda m: setattr(m.layer1[1], "forward", torch.neg),
     "train mode of a BatchNorm": lambda m: m.layer1[1].bn1.train(),
     "dtype": lambda m: m.double(),
@@ -322,7 +415,7 @@ def test_hooks_see_what_passes(net, fast, where, kind, replays):
             handle.remove()
         replays.clear()
         fast(X)
-    assert replays == [1, 3, 2]
+    assert replays == [6]
 
 
 @pytest.mark.parametrize(
@@ -345,7 +438,7 @@ def test_contexts_that_want_the_ops(fast, context, replays):
     assert replays == []
     with torch.no_grad():
         torch.testing.assert_close(y.float(), fast(X), rtol=0.1, atol=0.1)
-    assert replays == [1, 3, 2]
+    assert replays == [6]
 
 
 def test_the_profiler_names_blocks(fast):
@@ -364,7 +457,7 @@ def test_gradients(net, fast, replays):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     fast.requires_grad_(False)
     fast(X)  # nothing wants a gradient
-    assert replays == [1, 3, 2]
+    assert replays == [6]
     assert fast(x).requires_grad
 
 
@@ -424,7 +517,7 @@ def test_copies_record_for_themselves(fast, replays):
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         scaled(twin.layer1[1].conv2.weight)
         same(twin)
-    assert set(replays) == {1, 2, 3}
+    assert set(replays) == {6}
     same(fast)
 
 
@@ -511,6 +604,8 @@ def test_an_error_while_recording_leaves_nothing_behind(net, monkeypatch):
 
 
 def test_wrong_arguments_are_refused(fast):
+    with torch.no_grad():
+        fast.layer2(fast.layer1(fast.stem(X)))  # each as a call of its own
     handles = next(iter(fast.layer2[0]._fused_op.recordings.values())).handles
     with pytest.raises(RuntimeError, match="at least one"):
         OPS._cpu_replay(X, [])

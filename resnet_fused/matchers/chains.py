@@ -108,6 +108,37 @@ def traced_runs(owner: nn.Module, model: Model) -> Iterator[tuple[list[nn.Module
             yield modules, places
 
 
+def traced_modules(owner: nn.Module, model: Model) -> Iterator[list[tuple[nn.Module, list[Place]]]]:
+    """Modules that `owner`'s forward calls one after another, each once and for nothing else than the next one's input.
+
+    Each with where it is looked up on the way from the owner to it. The last one's output may go anywhere.
+
+    Raises:
+        Refused: torch.fx cannot trace the forward.
+    """
+    graph = trace(owner, model)
+    calls = Counter(owner.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module")
+
+    def alone(node: fx.Node) -> bool:
+        return node.op == "call_module" and calls[owner.get_submodule(str(node.target))] == 1
+
+    def follows(node: fx.Node) -> bool:
+        before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        return isinstance(before, fx.Node) and alone(before) and len(before.users) == 1
+
+    def places(path: str) -> list[Place]:
+        names = path.split(".")
+        return [(owner.get_submodule(".".join(names[:i]))._modules, name) for i, name in enumerate(names)]
+
+    for first in graph.nodes:
+        if not alone(first) or follows(first):
+            continue
+        run = [first]
+        while len(run[-1].users) == 1 and alone(node := next(iter(run[-1].users))) and follows(node):
+            run.append(node)
+        yield [(owner.get_submodule(str(node.target)), places(str(node.target))) for node in run]
+
+
 def last_of_sequential(module: nn.Module, place: Place) -> tuple[nn.Module, Place]:
     """The last child of an nn.Sequential and its place: what the module after the Sequential takes its input from."""
     while original_class(module).forward is nn.Sequential.forward and module._modules:

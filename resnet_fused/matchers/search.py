@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from ..fusion import Fusion, Settings
 from ..mixins import Fused, Skipped, original_class
 from ..stages import FusedSequential, FusedStage, is_stage
 from .blocks import match_block
-from .chains import Place, last_of_sequential, match_chain, sequential_runs, traced_runs
+from .chains import Place, last_of_sequential, match_chain, sequential_runs, traced_modules, traced_runs
 from .graphs import match_graph
 from .layers import Model, Refused, is_norm
 from .probe import Prober
@@ -31,11 +31,13 @@ class Search:
     Attributes:
         changes: for each module that is going to change, its mixin and the attributes it gets.
         owners: modules inside whose forward a chain runs fused.
+        routes: for each of those, and the model itself, modules that its forward calls one after another.
     """
 
     def __init__(self, root: nn.Module, settings: Settings) -> None:
         self.changes: dict[nn.Module, tuple[type[Fused], dict[str, Any]]] = {}
         self.owners: list[nn.Module] = []
+        self.routes: list[tuple[nn.Module, list[nn.Module], list[list[Place]]]] = []
         self._settings = settings
         self._model = Model(root)
         self._prober = Prober()
@@ -45,6 +47,8 @@ class Search:
         self._graphs(root)
         self._layers(root)
         self._stages(root)
+        for owner in dict.fromkeys((*self.owners, root)):
+            self._routes(owner)
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -168,6 +172,22 @@ class Search:
             if plain and module not in self.changes and is_stage(fusions):
                 self.changes[module] = (FusedStage, {})
 
+    def _routes(self, owner: nn.Module) -> None:
+        if owner in self.changes:
+            return
+        try:
+            runs = list(traced_modules(owner, self._model))
+        except Refused:
+            return
+        for run in runs:
+            passed = [module in self.changes or is_nothing(module) for module, _ in run]
+            for wanted, group in groupby(zip(run, passed, strict=True), key=lambda item: item[1]):
+                members = [item[0] for item in group]
+                while members and members[0][0] not in self.changes:  # nothing to run the others
+                    del members[0]
+                if wanted and len(members) > 1:
+                    self.routes.append((owner, [m for m, _ in members], [places for _, places in members]))
+
     def _refuse(self, modules: Iterable[nn.Module], error: Refused) -> None:
         self._refused |= {m: str(error) for m in modules if isinstance(m, nn.Conv2d)}
 
@@ -182,6 +202,11 @@ def norms_of_the_image(model: Model) -> dict[nn.Module, str]:
             kind = next(base.__name__ for base in type(norm).__mro__ if base.__module__.startswith("torch."))
             found[conv] = f"{model.paths[id(norm)]} is a {kind}: its statistics depend on the image"
     return found
+
+
+def is_nothing(module: nn.Module) -> bool:
+    """Whether a module gives its input back in eval mode."""
+    return isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
 
 
 def takes_more_than_an_image(module: nn.Module) -> bool:
