@@ -58,6 +58,7 @@ struct Recording {
     // A dense block: `block` is its x and its buffer, as an image.
     cpu::DenseShape dense{};
     std::vector<cpu::Block> layers{};
+    cpu::Head head{};  // or one with weights: `block` is its x and its output
     int64_t out_bytes() const { return out[0] * out[1] * out[2] * out[3] * cpu::element_size(block.dtype); }
   };
   static constexpr int kInput = -1, kUnknown = -2;
@@ -405,6 +406,35 @@ Tensor cpu_transition(const Tensor& x, const Tensor& in_scale, const Tensor& in_
   return run(x, b);
 }
 
+// [N, K, 1, 1]; the weight is read as it is.
+Tensor cpu_head(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
+  cpu::Block image = block_of(x);
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_cpu() && weight.is_contiguous() &&
+                      weight.scalar_type() == x.scalar_type() && weight.size(1) == x.size(1),
+                  "weight: expected a contiguous CPU tensor of x's dtype and ", x.size(1), " columns");
+  STD_TORCH_CHECK(image.h > 0 && image.w > 0, "x: expected at least one pixel, got ", image.h, "x", image.w);
+  cpu::Head head;
+  head.n = image.n;
+  head.h = image.h;
+  head.w = image.w;
+  head.c = static_cast<int>(x.size(1));
+  head.k = static_cast<int>(weight.size(0));
+  head.dtype = image.dtype;
+  head.x = image.x;
+  head.x_pitch = image.x_pitch;
+  head.weight = weight.const_data_ptr();
+  keep(weight);
+  if (bias) head.bias = vector_of(*bias, head.k, "bias");
+  Tensor out = new_output(x, head.n, head.k, 1, 1);
+  head.out = image.out = out.mutable_data_ptr();
+  if (recording) {
+    recording->add(image, head.c, {head.n, head.k, 1, 1}).head = head;
+    return out;
+  }
+  cpu::run_head(cpu::kernels(), head, torch_threads());
+  return out;
+}
+
 // Until `_cpu_recorded`, blocks that this thread runs are recorded: their outputs are not computed.
 void cpu_record(const Tensor& x) { recording = std::make_unique<Recording>(x.const_data_ptr()); }
 
@@ -514,6 +544,14 @@ Tensor cpu_replay(const Tensor& x, Tensors recordings) {
       run_dense(step, source(links[i].x), data[i]);
       continue;
     }
+    if (step.head.weight) {
+      run();
+      cpu::Head head = step.head;
+      head.x = source(links[i].x);
+      head.out = data[i];
+      cpu::run_head(cpu::kernels(), head, torch_threads());
+      continue;
+    }
     cpu::Block& b = blocks.emplace_back(step.block);
     b.x = source(links[i].x);
     if (b.residual) b.residual = source(links[i].residual);
@@ -535,6 +573,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("_cpu_preact", TORCH_BOX(&cpu_preact));
   m.impl("_cpu_dense_block", TORCH_BOX(&cpu_dense_block));
   m.impl("_cpu_transition", TORCH_BOX(&cpu_transition));
+  m.impl("_cpu_head", TORCH_BOX(&cpu_head));
   m.impl("_cpu_record", TORCH_BOX(&cpu_record));
   m.impl("_cpu_recorded", TORCH_BOX(&cpu_recorded));
   m.impl("_cpu_replay", TORCH_BOX(&cpu_replay));

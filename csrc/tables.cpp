@@ -96,7 +96,7 @@ Block block_of(const std::string& op, const Dims& d, DType dtype, Algorithm algo
     b.pool = {get(d, "pool_kernel"), get(d, "pool_stride"), get(d, "pool_padding")};
   } else {
     throw std::invalid_argument(
-        "op: expected conv, bottleneck, basic_block, preact_block, dense_block, transition or stem, got " + op);
+        "op: expected conv, bottleneck, basic_block, preact_block, dense_block, transition, stem or head, got " + op);
   }
   return b;
 }
@@ -113,6 +113,17 @@ DenseShape dense_shape_of(const Dims& d, DType dtype, Algorithm algorithm) {
   s.dtype = dtype;
   s.algorithm = algorithm;
   return s;
+}
+
+Head head_of(const Dims& d, DType dtype) {
+  Head head;
+  head.n = get(d, "n");
+  head.h = get(d, "h");
+  head.w = get(d, "w");
+  head.c = get(d, "c");
+  head.k = get(d, "k");
+  head.dtype = dtype;
+  return head;
 }
 
 }  // namespace
@@ -166,6 +177,9 @@ Row cost(const std::string& op, const Dims& dims, const std::string& dtype, cons
   if (op == "dense_block") {
     const DenseShape s = dense_shape_of(dims, type, a);
     c = vendor ? vendor_dense_cost(s, threads) : dense_cost(cpu::kernels(), s, threads);
+  } else if (op == "head") {
+    const Head head = head_of(dims, type);
+    c = vendor ? vendor_head_cost(head, threads) : head_cost(cpu::kernels(), head, threads);
   } else {
     const Block b = block_of(op, dims, type, a);
     c = vendor ? vendor_cost(b, threads) : block_cost(cpu::kernels(), b, threads);

@@ -122,7 +122,7 @@ def _cpu_candidates(
     if why_not is None:
         for algorithm in algorithms(shape, dtype, accuracy):
             found.append(_Candidate("cpu", algorithm, False, _price(shape, dtype, algorithm, state[0])))
-    if not isinstance(shape, Conv | Transition):  # the layer of a transition is not all of it
+    if not isinstance(shape, Conv | Transition | Head):  # the layer of the last two is not all of them
         layers = [choose(layer, dtype, device, "cpu", accuracy, state) for layer in shape.layers()]
         seconds = sum(layer.seconds[0][1] for layer in layers) + CALL_SECONDS * (len(layers) - 1)
         found.append(_Candidate("cpu", "layers", True, seconds, "" if why_not is None else f", {why_not}"))

@@ -147,4 +147,17 @@ RF_EXPORT Block dense_layer(const DenseShape&, int i, void* buffer);
 void run_dense_block(const Kernels&, const DenseShape&, const void* x, Pitch x_pitch, void* buffer,
                      const std::vector<Block>& layers, const Parallel&);
 
+// ---- heads (head.cpp) --------------------------------------------------------------------------------------------
+// out = linear(mean of x over its pixels): the means stay float32.
+struct Head {
+  int n = 0, h = 0, w = 0, c = 0, k = 0;  // of x; k: outputs
+  DType dtype = DType::kF32;
+  const void* x = nullptr;
+  Pitch x_pitch = 0;
+  const void* weight = nullptr;  // [k, c], dense
+  const float* bias = nullptr;   // [k]; null: zeros
+  void* out = nullptr;           // [n, k]
+};
+void run_head(const Kernels&, const Head&, const Parallel&);
+
 }  // namespace resnet_fused::cpu

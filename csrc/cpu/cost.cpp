@@ -206,4 +206,31 @@ Cost vendor_dense_cost(const DenseShape& s, int threads) {
   return c;
 }
 
+Cost head_cost(const Kernels& kernels, const Head& head, int threads) {
+  const double n = head.n, c = head.c, k = head.k, pixels = static_cast<double>(head.h) * head.w;
+  Cost cost{};
+  cost.flops = 2 * n * c * k;
+  cost.bytes = (n * c * pixels + k * c + n * k) * static_cast<double>(element_size(head.dtype));
+  const double seconds = (n * c * pixels + cost.flops) / (rate(kernels.isa, false) * kOwnEfficiency);
+  cost.seconds = (seconds + cost.bytes / kBandwidth) / threads + 2 * kLaunch;
+  cost.workspace_bytes = int64_t{head.n} * head.c * 4;
+  cost.note = "threads share channels, then outputs";
+  return cost;
+}
+
+Cost vendor_head_cost(const Head& head, int threads) {
+  Block layer;  // the linear layer
+  layer.n = head.n;
+  layer.h = layer.w = layer.layer_count = 1;
+  layer.dtype = head.dtype;
+  layer.layers[0].shape = square_conv(head.c, head.k, 1, 1, 1);
+  Cost cost = vendor_cost(layer, threads);
+  const double x =
+      static_cast<double>(head.n) * head.c * head.h * head.w * static_cast<double>(element_size(head.dtype));
+  cost.bytes += x;
+  cost.seconds += 2 * kVendorCall + x / kBandwidth / threads;  // the mean in float32, and that as x's dtype
+  cost.note = "one kernel a layer";
+  return cost;
+}
+
 }  // namespace resnet_fused::cpu

@@ -21,5 +21,8 @@ RF_EXPORT Cost block_cost(const Kernels&, const Block&, int threads);
 RF_EXPORT Cost vendor_cost(const Block&, int threads);
 RF_EXPORT Cost dense_cost(const Kernels&, const DenseShape&, int threads);
 RF_EXPORT Cost vendor_dense_cost(const DenseShape&, int threads);
+RF_EXPORT Cost head_cost(const Kernels&, const Head&, int threads);
+// As torch's mean and oneDNN's 1x1 convolution of one pixel.
+RF_EXPORT Cost vendor_head_cost(const Head&, int threads);
 
 }  // namespace resnet_fused::cpu

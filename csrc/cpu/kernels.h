@@ -98,6 +98,32 @@ struct WinogradOut {
   int panel;
 };
 
+// out[i] = mean over the pixels of x[pixel][i]. Sums of `chain` pixels are added up in memory.
+struct MeanArgs {
+  const char* x;
+  ptrdiff_t pitch;  // bytes between pixels
+  int64_t pixels, chain;
+  int64_t channels;
+  float* out;
+  bool bf16;  // x
+};
+
+constexpr int kLinearRows = 4;  // of the weight that a linear layer reads at once
+
+// out[image][row] = sum over c of x[image][c] * weight[row][c] + bias[row].
+struct LinearArgs {
+  const float* x;
+  ptrdiff_t ldx;  // floats between images
+  int64_t images, channels;
+  const char* weight;
+  int rows;           // at most kLinearRows
+  ptrdiff_t ahead;    // bytes to the rows that come into L2 meanwhile
+  const float* bias;  // null: zeros
+  char* out;
+  ptrdiff_t out_pitch;  // bytes between images
+  bool bf16;            // weight and out
+};
+
 struct Kernels {
   Isa isa;
   const char* name;
@@ -122,6 +148,8 @@ struct Kernels {
   void (*winograd_out[2])(const WinogradOut&);
   // max over `count` rows (each a pointer to `channels` floats); NaN wins, as in torch
   void (*max_rows)(const float* const* rows, int count, int channels, char* out, bool bf16_out);
+  void (*mean)(const MeanArgs&);
+  void (*linear)(const LinearArgs&);
   void (*bf16_to_f32)(const uint16_t* src, float* dst, int64_t count);
 };
 

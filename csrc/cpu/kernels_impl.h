@@ -569,6 +569,124 @@ void max_rows(const float* const* rows, int count, int channels, char* out, bool
   }
 }
 
+// ---- the end of a classifier -----------------------------------------------------------------------------------
+// `kVectors` vectors of channels, or `count` channels where that is less than one.
+template <bool kBf16, int kVectors, bool kWhole>
+RF_INLINE void mean_vectors(const MeanArgs& m, int64_t channel, int count) {
+  constexpr int kElement = kBf16 ? 2 : 4;
+  const char* x = m.x + channel * kElement;
+  Vec total[kVectors] = {};
+  for (int64_t done = 0; done < m.pixels; done += m.chain) {
+    Vec sum[kVectors] = {};
+    const int64_t end = done + m.chain < m.pixels ? done + m.chain : m.pixels;
+    for (int64_t i = done; i < end; ++i, x += m.pitch) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) sum[j] += load_part<kBf16, kWhole>(x + j * kLanes * kElement, count);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) total[j] += sum[j];
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < kVectors; ++j)
+    store_part<false, kWhole>(reinterpret_cast<char*>(m.out + channel + j * kLanes),
+                              total[j] / splat(static_cast<float>(m.pixels)), count);
+}
+
+template <bool kBf16>
+void mean_typed(const MeanArgs& m) {
+  constexpr int kVectors = 8;  // additions in flight: two a cycle, of four cycles each
+  int64_t c = 0;
+  for (; c + kVectors * kLanes <= m.channels; c += kVectors * kLanes) mean_vectors<kBf16, kVectors, true>(m, c, kLanes);
+  for (; c + kLanes <= m.channels; c += kLanes) mean_vectors<kBf16, 1, true>(m, c, kLanes);
+  if (c < m.channels) mean_vectors<kBf16, 1, false>(m, c, static_cast<int>(m.channels - c));
+}
+void mean(const MeanArgs& m) { m.bf16 ? mean_typed<true>(m) : mean_typed<false>(m); }
+
+RF_INLINE float sum_of(Vec v) {
+  float s[kLanes];
+  store(s, v);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) s[i] += s[i + half];
+  }
+  return s[0];
+}
+
+// Products that a lane adds up in one chain; the chains are added up after that.
+constexpr int kSegment = 32;
+#if defined(__AVX512F__)
+constexpr int kLinearImages = 4;  // 16 sums, 4 vectors of weights
+#else
+constexpr int kLinearImages = 2;
+#endif
+
+template <bool kBf16, int kRows, int kImages>
+RF_INLINE void linear_tile(const LinearArgs& l, int64_t image) {
+  constexpr int kElement = kBf16 ? 2 : 4;
+  const ptrdiff_t ldw = l.channels * kElement;
+  const float* const x = l.x + image * l.ldx;
+  Vec total[kImages][kRows] = {};
+  auto step = [&](Vec(&sum)[kImages][kRows], int64_t c, int count, auto whole) __attribute__((always_inline)) {
+    constexpr bool kWhole = decltype(whole)::value;
+    Vec w[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) w[r] = load_part<kBf16, kWhole>(l.weight + r * ldw + c * kElement, count);
+#pragma GCC unroll 4
+    for (int i = 0; i < kImages; ++i) {
+      const Vec v = load_part<false, kWhole>(reinterpret_cast<const char*>(x + i * l.ldx + c), count);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sum[i][r] = fma(v, w[r], sum[i][r]);
+    }
+  };
+  for (int64_t c = 0; c < l.channels;) {
+    Vec sum[kImages][kRows] = {};
+    const int64_t whole = c + kSegment * kLanes <= l.channels ? c + kSegment * kLanes : l.channels / kLanes * kLanes;
+    for (; c < whole; c += kLanes) {
+      if (image == 0 && c * kElement % 64 == 0) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) __builtin_prefetch(l.weight + r * ldw + c * kElement + l.ahead, 0, 2);
+      }
+      step(sum, c, kLanes, Whole<true>{});
+    }
+    if (l.channels - c < kLanes && c < l.channels) {
+      step(sum, c, static_cast<int>(l.channels - c), Whole<false>{});
+      c = l.channels;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kImages; ++i) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) total[i][r] += sum[i][r];
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kImages; ++i) {
+    float y[kLanes] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) y[r] = sum_of(total[i][r]) + (l.bias ? l.bias[r] : 0);
+    store_part<kBf16, false>(l.out + (image + i) * l.out_pitch, load(y), kRows);
+  }
+}
+
+template <bool kBf16, int kRows>
+void linear_rows(const LinearArgs& l) {
+  int64_t i = 0;
+  for (; i + kLinearImages <= l.images; i += kLinearImages) linear_tile<kBf16, kRows, kLinearImages>(l, i);
+  for (; i < l.images; ++i) linear_tile<kBf16, kRows, 1>(l, i);
+}
+template <bool kBf16>
+void linear_typed(LinearArgs l) {
+  if (l.rows == kLinearRows) return linear_rows<kBf16, kLinearRows>(l);
+  constexpr int kElement = kBf16 ? 2 : 4;
+  for (; l.rows > 0; --l.rows) {
+    linear_rows<kBf16, 1>(l);
+    l.weight += l.channels * kElement;
+    l.out += kElement;
+    if (l.bias) ++l.bias;
+  }
+}
+void linear(const LinearArgs& l) { l.bf16 ? linear_typed<true>(l) : linear_typed<false>(l); }
+
 void bf16_to_f32(const uint16_t* src, float* dst, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(dst + i, load_bf16(src + i));
@@ -630,6 +748,8 @@ constexpr Kernels make_table() {
   k.winograd_out[0] = winograd_out<2>;
   k.winograd_out[1] = winograd_out<4>;
   k.max_rows = max_rows;
+  k.mean = mean;
+  k.linear = linear;
   k.bf16_to_f32 = bf16_to_f32;
   return k;
 }

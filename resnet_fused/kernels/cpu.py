@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..shapes import Bottleneck, Head, PreActBlock, Shape
+from ..shapes import Bottleneck, PreActBlock, Shape
 from . import native
 from .layers import DenseLayer
 from .layout import nhwc_slice
@@ -37,6 +37,7 @@ for _schema in (
     "_cpu_dense_block(Tensor x, Tensor[] in_scale, Tensor[] in_shift, Tensor[] w1, Tensor[] s1, Tensor[] b1, "
     "Tensor[] w2, int growth, str algorithm) -> Tensor",
     "_cpu_transition(Tensor x, Tensor in_scale, Tensor in_shift, Tensor packed) -> Tensor",
+    "_cpu_head(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "_cpu_record(Tensor x) -> ()",
     "_cpu_recorded(Tensor y) -> Tensor",
     "_cpu_replay(Tensor x, Tensor[] recordings) -> Tensor",
@@ -62,8 +63,6 @@ def only_by_layers(shape: Shape) -> str | None:
         return f"the {shape.op} kernel takes groups=1, got {shape.groups}"
     if isinstance(shape, PreActBlock) and shape.bottleneck and shape.stride1 > 1:
         return "the preact_block kernel strides in the 3x3, not in the first 1x1"
-    if isinstance(shape, Head):
-        return "the pooling is torch's"
     return None
 
 
@@ -329,3 +328,9 @@ def transition(x: Tensor, in_scale: Tensor, in_shift: Tensor, weight: Tensor, *,
     return torch.ops.resnet_fused._cpu_transition.default(
         nhwc_slice(x), in_scale.contiguous(), in_shift.contiguous(), _pack(weight)
     )
+
+
+def head(x: Tensor, weight: Tensor, bias: Tensor | None, *, algorithm: str = "direct") -> Tensor:
+    """`linear(x.mean((2, 3)), weight, bias)`, the mean in float32, not rounded to x's dtype; the weight as it is."""
+    bias = None if bias is None else bias.float().contiguous()
+    return torch.ops.resnet_fused._cpu_head.default(nhwc_slice(x), weight.contiguous(), bias).flatten(1)
