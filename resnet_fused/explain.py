@@ -36,7 +36,7 @@ class PlanRow:
         backend: `"cpu"`, `"vendor"`, `"reference"`; `"torch"` if unfused.
         algorithm: of the backend; those of its layers, if the block runs layer by layer.
         why: the reason for that choice, with the predicted times that it was made by, or the reason for none.
-        flops: of its convolutions.
+        flops: of its convolutions, of a head those of the linear layer.
         dtype: of its input: `"fp32"`, `"bf16"`, `"fp16"`.
         bytes: that its input, weights and output take, each counted once.
         layer_bytes: that would move if it ran layer by layer; see `roofline.Placement`.
@@ -76,9 +76,10 @@ class Plan:
 
     @property
     def coverage(self) -> float:
-        """Share of the convolutions' FLOPs that ran in fused ops, 0 to 1."""
-        whole = sum(row.flops for row in self.rows)
-        return sum(row.flops for row in self.rows if row.kernel != "unfused") / whole if whole else 0.0
+        """Share of the convolutions' FLOPs that ran in fused ops, 0 to 1; a head has none."""
+        convolutions = [row for row in self.rows if row.kernel != "head"]
+        whole = sum(row.flops for row in convolutions)
+        return sum(row.flops for row in convolutions if row.kernel != "unfused") / whole if whole else 0.0
 
     @property
     def roof(self) -> Placement | None:
@@ -214,7 +215,7 @@ class _Watch(TorchDispatchMode):
         self._convs: dict[int, str] = {}
         self._reasons: dict[str, str] = {}
         for name, module in model.named_modules():
-            if isinstance(module, nn.Conv2d) and (weight := module._parameters.get("weight")) is not None:
+            if isinstance(module, nn.Conv2d | nn.Linear) and (weight := module._parameters.get("weight")) is not None:
                 self._convs[id(weight)] = name
             for conv, reason in module.__dict__.get("_unfused_reasons", {}).items():
                 self._reasons[f"{name}.{conv}" if name else conv] = reason
@@ -222,8 +223,8 @@ class _Watch(TorchDispatchMode):
             self._blocks |= {id(conv.weight): name for conv in fusion.convs}
             reason = fusion.why_unfused(x)
             if reason is not None:
-                for conv in fusion.convs:
-                    self._reasons[self._convs[id(conv.weight)]] = reason
+                weights = (id(conv.weight) for conv in fusion.convs)
+                self._reasons |= {self._convs[weight]: reason for weight in weights if weight in self._convs}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = functools.partial(func, *args, **(kwargs or {}))

@@ -17,7 +17,8 @@ class Layer(NamedTuple):
     """A convolution and the BatchNorm after it; one of the two may be missing.
 
     Attributes:
-        conv: None for a prologue, a BatchNorm (and ReLU) that comes before every convolution.
+        conv: None for a prologue, a BatchNorm (and ReLU) that comes before every convolution; of a head, the linear
+            layer.
         norm: a module with the four tensors of a BatchNorm, None for a convolution without.
         eps: only if the BatchNorm has none of its own to read.
         relu: whether the BatchNorm's module ends in a ReLU of its own.
@@ -56,7 +57,7 @@ class Layer(NamedTuple):
             assert conv is not None
             dtype = torch.promote_types(conv.weight.dtype, torch.float32)
             bias = conv.bias
-            shift = conv.weight.new_zeros(conv.out_channels, dtype=dtype) if bias is None else bias.to(dtype)
+            shift = conv.weight.new_zeros(conv.weight.shape[0], dtype=dtype) if bias is None else bias.to(dtype)
             return None, shift  # type: ignore[return-value]
         dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
         eps = norm.eps if self.eps is None else self.eps

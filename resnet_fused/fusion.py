@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 
 from . import ops
 from .folding import Arguments, Layer, Selection
-from .kernels import packing
+from .kernels import cpu, native, packing
 from .kernels.layout import channels_last
+from .settings import resolve_backend
 
 address = Tensor.data_ptr
 version = operator.attrgetter("_version")
@@ -298,6 +299,12 @@ class Fusion:
         """Whether the modules inside are no longer the ones it was made from."""
         return self.watched.changed()
 
+    def run_steps(self, steps: Sequence[nn.Module], x: Tensor) -> Any:
+        """The output of modules that stand where its steps do in another copy of the model."""
+        for step in steps:
+            x = step(x)
+        return x
+
     @property
     def convs(self) -> list[nn.Conv2d]:
         """Its convolutions, in the order of the layers."""
@@ -440,3 +447,31 @@ class TransitionFusion(Fusion):
     def compute(self, x: Tensor, arguments: Sequence[Arguments], backend: str, accuracy: str) -> Tensor:  # noqa: D102
         (_, in_scale, in_shift), (weight, _, _) = arguments
         return ops.transition(x, in_scale, in_shift, weight, backend=backend, accuracy=accuracy)
+
+
+class HeadFusion(Fusion):
+    """Global average pooling, flatten and a linear layer, as one op in place of the pooling.
+
+    It gives [N, K, 1, 1], which the model's own flatten makes [N, K], and the linear layer passes that on. With backend
+    `"auto"` it runs where this package's CPU kernel does, and everything else is left to torch: on a GPU nothing was
+    measured. Of the GPU's backends only `"triton"` has a kernel for it, so only that one runs it there.
+    """
+
+    op = "head"
+
+    def why_unfused(self, x: Any) -> str | None:  # noqa: D102
+        backend = resolve_backend(self.settings.backend)
+        if isinstance(x, Tensor) and backend != "triton":
+            if x.device.type != "cpu":
+                return "on a GPU the end of a classifier is torch's"
+            if backend == "auto" and not (x.dtype in cpu.DTYPES and native.available()):
+                return "no kernel of this package takes it"
+        return super().why_unfused(x)
+
+    def run_steps(self, steps: Sequence[nn.Module], x: Tensor) -> Any:  # noqa: D102
+        pool, linear = steps
+        return linear(pool(x).flatten(1))[:, :, None, None]
+
+    def compute(self, x: Tensor, arguments: Sequence[Arguments], backend: str, accuracy: str) -> Tensor:  # noqa: D102
+        ((weight, _, bias),) = arguments
+        return ops.head(x, weight, bias, backend=backend, accuracy=accuracy)[:, :, None, None]

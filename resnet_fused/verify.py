@@ -121,7 +121,9 @@ def verify(model: nn.Module, fast: nn.Module, x: Tensor) -> Report:
     handles = []
     try:
         for name, fusion in blocks.items():
-            where = [paths[id(step)] for step in fusion.steps]
+            where = [paths[id(step)] for step in fusion.steps if id(step) in paths]
+            if len(where) < len(fusion.steps):  # a module was replaced since, so that it does not run
+                continue
             original = submodules("model", model, where)
             check = functools.partial(
                 check_block, rows, name, fusion, original, submodules("model", exact_model, where)
@@ -158,11 +160,7 @@ def check_block(
         return
     (x,) = args
     rows[name] = ParityRow(name, fusion.op, 0.0, 0.0, 0.0, 0.0, True)  # holds the place while the block runs below
-    plain, reference = x.clone(), x.double()
-    for step in original:
-        plain = step(plain)
-    for step in exact:
-        reference = step(reference)
+    plain, reference = fusion.run_steps(original, x.clone()), fusion.run_steps(exact, x.double())
     fused = fusion.run(x.clone())
     rows[name] = judge(name, fusion.op, [fused], [plain], [reference], fast_limit(fusion, x))
 

@@ -43,7 +43,7 @@ class TinyBackbone(TinyResNet):
         return self.features(x)
 
 
-BLOCKS = ["conv1..maxpool", "layer1.0", "layer1.1", "layer2.0", "layer2.1"]
+BLOCKS = ["conv1..maxpool", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "avgpool..fc"]
 
 
 def tiny(cls=TinyResNet, **kwargs) -> TinyResNet:

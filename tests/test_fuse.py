@@ -354,7 +354,7 @@ def test_module_replaced_after_fusing():
         m.bn1 = rf.models.randomize_batchnorms(nn.BatchNorm2d(16)).eval()
         m.fc = nn.Identity()
     torch.testing.assert_close(fast(x), slow(x))
-    assert ops_run(fast, x) == BLOCKS[3:]
+    assert ops_run(fast, x) == BLOCKS[3:-1]
 
 
 def test_children_of_a_fused_stem_outside_of_the_model():
@@ -648,7 +648,7 @@ def test_compile_fullgraph(cls):
         y = compiled(x)
         torch.testing.assert_close(y, model(x))
         assert y.stride() == model(x).stride()
-        assert len(called) == len(BLOCKS)
+        assert len(called) == len(BLOCKS) - (cls is TinyBackbone)
         other = tiny(cls)
         fast.load_state_dict(other.state_dict())
         torch.testing.assert_close(compiled(x), other(x))

@@ -23,7 +23,7 @@ def prepared(model, dtype=torch.float32):
 def test_every_block_holds_parity(name, dtype):
     model = prepared(getattr(rf.models, name)(), dtype)
     fast, x = rf.fuse(model), images(2, 64, dtype)
-    assert len(ops_run(fast, x)) == 1 + DEPTHS[name]
+    assert len(ops_run(fast, x)) == 2 + DEPTHS[name]
     assert rf.explain(fast, x).coverage == 1.0
     assert_parity(model, fast, x)
 
@@ -66,7 +66,7 @@ def test_stride_placement():
     model = prepared(rf.models.ResNet(plain.Bottleneck, [1, 1, 1, 1], stride_in_1x1=True))
     assert model.layer2[0].conv1.stride == (2, 2) and model.layer2[0].conv2.stride == (1, 1)
     fast, x = rf.fuse(model), images(1, 64)
-    assert len(ops_run(fast, x)) == 5
+    assert len(ops_run(fast, x)) == 6
     assert_parity(model, fast, x)
 
 
@@ -90,7 +90,7 @@ def test_bad_arguments():
 def test_torchvision_resnets(name, dtype):
     model = prepared(getattr(thirdparty.torchvision_models(), name)(), dtype)
     fast, x = rf.fuse(model), images(1, 64, dtype)
-    assert len(ops_run(fast, x)) == (9 if name == "resnet18" else 17)
+    assert len(ops_run(fast, x)) == (10 if name == "resnet18" else 18)
     assert_parity(model, fast, x)
     fast.load_state_dict(model.state_dict(), strict=True)
 
@@ -105,7 +105,7 @@ def test_torchvision_frozen_batchnorm_and_dilation():
     for name, buffer in model.named_buffers():
         buffer.uniform_(0.5, 1.5) if "var" in name else buffer.uniform_(-0.5, 0.9)
     fast, x = rf.fuse(model), images(1, 64)
-    assert len(ops_run(fast, x)) == 5
+    assert len(ops_run(fast, x)) == 6
     assert_parity(model, fast, x)
 
 

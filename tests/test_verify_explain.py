@@ -19,14 +19,14 @@ def test_report(dtype):
     report = rf.verify(model, rf.fuse(model), x)
     assert report.ok
     assert [row.block for row in report.rows] == [*BLOCKS, "end to end"]
-    assert [row.kernel for row in report.rows] == ["stem", *["bottleneck"] * 2, *["basic_block"] * 2, ""]
+    assert [row.kernel for row in report.rows] == ["stem", *["bottleneck"] * 2, *["basic_block"] * 2, "head", ""]
     assert all(0 < row.error <= row.limit for row in report.rows)
     assert report.dtype == str(dtype)[6:]
     assert report.flipped == 0
     text = str(report)
     assert "parity holds" in text and "layer2.1" in text and "\x1b" not in text
     data = json.loads(json.dumps(report.to_dict()))
-    assert data["ok"] is True and len(data["rows"]) == 6
+    assert data["ok"] is True and len(data["rows"]) == 7
 
 
 def test_a_wrong_block_is_found():
@@ -45,6 +45,11 @@ def test_a_wrong_format_or_hidden_layer_is_found_end_to_end():
     fast = rf.fuse(model)
     with torch.no_grad():
         fast.fc.bias.add_(1.0)
+        wrong = nn.Linear(24, 10)
+        wrong.load_state_dict(fast.fc.state_dict())
+    report = rf.verify(model, fast, x)
+    assert [row.block for row in report.rows if not row.ok] == ["avgpool..fc", "end to end"]
+    fast.fc = wrong
     report = rf.verify(model, fast, x)
     assert [row.block for row in report.rows if not row.ok] == ["end to end"]
 

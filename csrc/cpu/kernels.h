@@ -108,7 +108,7 @@ struct MeanArgs {
   bool bf16;  // x
 };
 
-constexpr int kLinearRows = 4;  // of the weight that a linear layer reads at once
+constexpr int kLinearRows = 4;  // of the weight that a linear layer reads at once: their sums are added up as a vector
 
 // out[image][row] = sum over c of x[image][c] * weight[row][c] + bias[row].
 struct LinearArgs {

@@ -602,17 +602,6 @@ void mean_typed(const MeanArgs& m) {
 }
 void mean(const MeanArgs& m) { m.bf16 ? mean_typed<true>(m) : mean_typed<false>(m); }
 
-RF_INLINE float sum_of(Vec v) {
-  float s[kLanes];
-  store(s, v);
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) s[i] += s[i + half];
-  }
-  return s[0];
-}
-
 // Products that a lane adds up in one chain; the chains are added up after that.
 constexpr int kSegment = 32;
 #if defined(__AVX512F__)
@@ -661,9 +650,12 @@ RF_INLINE void linear_tile(const LinearArgs& l, int64_t image) {
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kImages; ++i) {
+    const Vec rows[4] = {total[i][0], total[i][1 % kRows], total[i][2 % kRows], total[i][3 % kRows]};
+    float sums[4];
+    sums_of(rows, sums);
     float y[kLanes] = {};
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) y[r] = sum_of(total[i][r]) + (l.bias ? l.bias[r] : 0);
+    for (int r = 0; r < kRows; ++r) y[r] = sums[r] + (l.bias ? l.bias[r] : 0);
     store_part<kBf16, false>(l.out + (image + i) * l.out_pitch, load(y), kRows);
   }
 }

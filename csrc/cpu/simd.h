@@ -90,6 +90,32 @@ RF_INLINE void stream_bf16_pair(uint16_t* p, Vec low, Vec high) {
 #endif
 }
 
+// The sums of the lanes of four vectors.
+RF_INLINE void sums_of(const Vec (&v)[4], float (&sums)[4]) {
+#if defined(__x86_64__)
+  __m128 s[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+    // Not _mm512_castps512_ps256: GCC 12 warns of its header.
+    const __m256 half = _mm256_add_ps(_mm512_extractf32x8_ps(v[i], 0), _mm512_extractf32x8_ps(v[i], 1));
+    s[i] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+    s[i] = _mm_add_ps(_mm256_castps256_ps128(v[i]), _mm256_extractf128_ps(v[i], 1));
+#else
+    s[i] = v[i];
+#endif
+  }
+  _MM_TRANSPOSE4_PS(s[0], s[1], s[2], s[3]);
+  _mm_storeu_ps(sums, _mm_add_ps(_mm_add_ps(s[0], s[2]), _mm_add_ps(s[1], s[3])));
+#else
+  for (int i = 0; i < 4; ++i) {
+    sums[i] = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sums[i] += v[i][lane];
+  }
+#endif
+}
+
 // The larger of two; a NaN on either side wins.
 RF_INLINE Vec max_nan(Vec m, Vec v) {
   VecI take = (v > m) | (v != v);

@@ -331,6 +331,6 @@ def transition(x: Tensor, in_scale: Tensor, in_shift: Tensor, weight: Tensor, *,
 
 
 def head(x: Tensor, weight: Tensor, bias: Tensor | None, *, algorithm: str = "direct") -> Tensor:
-    """`linear(x.mean((2, 3)), weight, bias)`, the mean in float32, not rounded to x's dtype; the weight as it is."""
+    """`linear(x.mean((2, 3)), weight, bias)`, the mean not rounded to x's dtype; reads the weight as it is."""
     bias = None if bias is None else bias.float().contiguous()
     return torch.ops.resnet_fused._cpu_head.default(nhwc_slice(x), weight.contiguous(), bias).flatten(1)

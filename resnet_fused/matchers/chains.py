@@ -88,10 +88,6 @@ def traced_runs(owner: nn.Module, model: Model) -> Iterator[tuple[list[nn.Module
     graph = trace(owner, model)
     calls = Counter(owner.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module")
 
-    def place(node: fx.Node) -> Place:
-        parent, _, name = str(node.target).rpartition(".")
-        return owner.get_submodule(parent)._modules, name
-
     for node in graph.nodes:
         run: list[fx.Node] = []
         while node.op == "call_module" and len(run) < 4 and calls[owner.get_submodule(str(node.target))] == 1:
@@ -101,7 +97,10 @@ def traced_runs(owner: nn.Module, model: Model) -> Iterator[tuple[list[nn.Module
             if len(node.users) != 1:
                 break
             node = next(iter(node.users))
-        modules, places = [owner.get_submodule(str(n.target)) for n in run], [place(n) for n in run]
+        modules, places = (
+            [owner.get_submodule(str(n.target)) for n in run],
+            [place_of(owner, str(n.target)) for n in run],
+        )
         if modules:
             modules[0], places[0] = last_of_sequential(modules[0], places[0])
         if len(modules) > 1 and isinstance(modules[0], nn.Conv2d) and is_norm(modules[1]):
@@ -137,6 +136,12 @@ def traced_modules(owner: nn.Module, model: Model) -> Iterator[list[tuple[nn.Mod
         while len(run[-1].users) == 1 and alone(node := next(iter(run[-1].users))) and follows(node):
             run.append(node)
         yield [(owner.get_submodule(str(node.target)), places(str(node.target))) for node in run]
+
+
+def place_of(owner: nn.Module, path: str) -> Place:
+    """Where a module below `owner` is kept."""
+    parent, _, name = path.rpartition(".")
+    return owner.get_submodule(parent)._modules, name
 
 
 def last_of_sequential(module: nn.Module, place: Place) -> tuple[nn.Module, Place]:

@@ -128,6 +128,32 @@ def check_inside(module: nn.Module, model: Model) -> None:
         raise Refused(f"{name} is in train mode")
 
 
+def check_tensors(module: nn.Module, model: Model) -> None:
+    """Refuse a module whose call cannot be left out, or whose parameters and buffers no op can read."""
+    for each in module.modules():
+        check_inside(each, model)
+    if model.places[id(module)] > 1:
+        raise Refused(f"{model.name(module)} is shared: the model holds it in {model.places[id(module)]} places")
+    tensors = [t for store in (module._parameters, module._buffers) for t in store.values() if t is not None]
+    if any(is_lazy(t) for t in tensors):
+        raise Refused(f"{model.name(module)} has no parameters yet: run the model once")
+    special = [t for t in tensors if type(t) not in (Tensor, nn.Parameter)]
+    if special:
+        raise Refused(f"{model.name(module)} holds a {type(special[0]).__name__}")
+    unusual = [t for t in tensors if t.layout != torch.strided or t.is_complex()]
+    if unusual:
+        kind = "complex" if unusual[0].is_complex() else str(unusual[0].layout).removeprefix("torch.")
+        raise Refused(f"{model.name(module)} holds a {kind} tensor")
+    if any(t.device.type == "meta" for t in tensors):
+        raise Refused(f"{model.name(module)} is on the meta device")
+
+
+def check_weight(module: nn.Module, model: Model) -> None:
+    """Refuse a convolution or linear layer whose weight is no parameter of its own."""
+    if module._parameters.get("weight") is None:
+        raise Refused(f"the weight of {model.name(module)} is computed by a parametrization")
+
+
 def make_layer(conv: nn.Conv2d | None, norm: Any, model: Model) -> Layer:
     """The layer made of a convolution and the BatchNorm after it, of a convolution alone, or of a BatchNorm alone.
 
@@ -135,25 +161,9 @@ def make_layer(conv: nn.Conv2d | None, norm: Any, model: Model) -> Layer:
         Refused: they cannot be folded.
     """
     for module in filter(None, (conv, norm)):
-        for each in module.modules():
-            check_inside(each, model)
-        if model.places[id(module)] > 1:
-            raise Refused(f"{model.name(module)} is shared: the model holds it in {model.places[id(module)]} places")
-        tensors = [t for store in (module._parameters, module._buffers) for t in store.values() if t is not None]
-        if any(is_lazy(t) for t in tensors):
-            raise Refused(f"{model.name(module)} has no parameters yet: run the model once")
-        special = [t for t in tensors if type(t) not in (Tensor, nn.Parameter)]
-        if special:
-            raise Refused(f"{model.name(module)} holds a {type(special[0]).__name__}")
-        unusual = [t for t in tensors if t.layout != torch.strided or t.is_complex()]
-        if unusual:
-            kind = "complex" if unusual[0].is_complex() else str(unusual[0].layout).removeprefix("torch.")
-            raise Refused(f"{model.name(module)} holds a {kind} tensor")
-        if any(t.device.type == "meta" for t in tensors):
-            raise Refused(f"{model.name(module)} is on the meta device")
+        check_tensors(module, model)
     if conv is not None:
-        if conv._parameters.get("weight") is None:
-            raise Refused(f"the weight of {model.name(conv)} is computed by a parametrization")
+        check_weight(conv, model)
         if conv.padding_mode != "zeros":
             raise Refused(f"{model.name(conv)} pads with {conv.padding_mode!r}, not zeros")
     if norm is None:

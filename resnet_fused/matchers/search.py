@@ -15,6 +15,7 @@ from ..stages import FusedSequential, FusedStage, is_stage
 from .blocks import match_block
 from .chains import Place, last_of_sequential, match_chain, sequential_runs, traced_modules, traced_runs
 from .graphs import match_graph
+from .heads import match_heads
 from .layers import Model, Refused, is_norm
 from .probe import Prober
 
@@ -26,7 +27,7 @@ class Search:
 
     Residual blocks come first, each the innermost module that is one; then, in what is left, blocks whose layers can
     take the addition with them; then stems and single layers, each the outermost module that is one; then neighbours in
-    an nn.Sequential, and chains in the forward of a module.
+    an nn.Sequential, and chains in the forward of a module. Last, where something was found, the end of a classifier.
 
     Attributes:
         changes: for each module that is going to change, its mixin and the attributes it gets.
@@ -46,6 +47,7 @@ class Search:
         self._residual_blocks(root)
         self._graphs(root)
         self._layers(root)
+        self._heads(root)
         self._stages(root)
         for owner in dict.fromkeys((*self.owners, root)):
             self._routes(owner)
@@ -163,6 +165,19 @@ class Search:
             return None
         self._taken.add(modules[0])
         return length, fusion
+
+    def _heads(self, root: nn.Module) -> None:
+        """Of the modules that hold one, the innermost is the owner."""
+        for owner in reversed(list(root.modules() if self.changes else ())):
+            try:
+                found = [f for f in match_heads(owner, self._model, self._settings) if f.steps[0] not in self.changes]
+            except Refused:
+                continue
+            for fusion in found:
+                pool, linear = fusion.steps
+                self.changes |= {pool: (Fused, {"_fused_op": fusion}), linear: (Skipped, {"_fused_op": fusion})}
+            if found and owner not in self.owners:
+                self.owners.append(owner)
 
     def _stages(self, root: nn.Module) -> None:
         for module in root.modules():

@@ -27,7 +27,7 @@ library.define(
 def head(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto", accuracy: str = "strict"
 ) -> Tensor:
-    """`linear(x.mean((2, 3)), weight, bias)`: the mean is summed in float32 and rounded once, as is the product.
+    """`linear(x.mean((2, 3)), weight, bias)`: the mean is summed in float32 and rounded at most once, the product once.
 
     Args:
         x: [N, C, H, W], float32, bfloat16, float16 or float64, any strides, at least one pixel.
