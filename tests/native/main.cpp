@@ -216,6 +216,23 @@ struct DenseProblem : Problem {
   }
 };
 
+struct HeadCase {
+  int n, h, w, c, k, slice;
+};
+
+struct HeadProblem : Problem {
+  const HeadCase& shape;
+  ReferenceLayer linear;
+
+  HeadProblem(const HeadCase& c, DType dtype, Values values, unsigned seed) : Problem(dtype, values, seed), shape(c) {
+    x = tensor(c.n, c.h, c.w, c.c);
+    linear = layer(square_conv(c.c, c.k, 1, 1, 1));
+    for (double& scale : linear.scale) scale = 1;
+    if (values == Values::kNaN && !x.data.empty()) x.data[random() % x.data.size()] = NAN;
+    expected = convolve(global_mean(x), linear);
+  }
+};
+
 struct PackedLayer {
   Guarded packed, scale, shift;
 };
@@ -227,13 +244,18 @@ Guarded vector(const std::vector<double>& values, Placement placement) {
   return g;
 }
 
-PackedLayer packed_layer(const Kernels& kernels, const ReferenceLayer& reference, DType dtype, Placement placement,
-                         Layer& layer) {
-  const ConvShape& s = reference.shape;
+Guarded weight_of(const ReferenceLayer& reference, DType dtype, Placement placement) {
   const size_t element = static_cast<size_t>(element_size(dtype));
   Guarded weight(reference.weight.size() * element, element, placement);
   for (size_t i = 0; i < reference.weight.size(); ++i) write(weight.data(), i, dtype, reference.weight[i]);
   weight.freeze();
+  return weight;
+}
+
+PackedLayer packed_layer(const Kernels& kernels, const ReferenceLayer& reference, DType dtype, Placement placement,
+                         Layer& layer) {
+  const ConvShape& s = reference.shape;
+  const Guarded weight = weight_of(reference, dtype, placement);
   PackedLayer p{Guarded(static_cast<size_t>(pack_shape(kernels, s, dtype, layer.algorithm).bytes), 64, placement),
                 vector(reference.scale, placement), vector(reference.shift, placement)};
   pack(kernels, s, dtype, layer.algorithm, weight.data(), p.packed.data(), kThreaded);
@@ -429,6 +451,37 @@ std::string run_dense(const Kernels& kernels, const DenseProblem& problem, Algor
   return error.empty() ? "" : "in threads: " + error;
 }
 
+// The end of a classifier, as `run` does a block; in threads it gives the same bits.
+std::string run_classifier(const Kernels& kernels, const HeadProblem& problem, Algorithm algorithm,
+                           Placement placement) {
+  const HeadCase& c = problem.shape;
+  const Image x = input(problem.x, c.slice, problem.dtype, placement);
+  const Guarded weight = weight_of(problem.linear, problem.dtype, placement),
+                bias = vector(problem.linear.shift, placement);
+  Head head;
+  head.n = c.n;
+  head.h = c.h;
+  head.w = c.w;
+  head.c = c.c;
+  head.k = c.k;
+  head.dtype = problem.dtype;
+  head.x = x.data();
+  head.x_pitch = x.pitch_of();
+  head.weight = weight.data();
+  head.bias = bias.as<float>();
+  const auto element = static_cast<size_t>(element_size(problem.dtype));
+  release_memory();
+  const Image first(problem.expected, 0, problem.dtype, element, placement),
+      second(problem.expected, 0, problem.dtype, element, placement);
+  head.out = first.data();
+  run_head(kernels, head, kThreaded);
+  poison_workspaces();
+  head.out = second.data();
+  run_head(kernels, head, kSerial);
+  const bool same = !std::memcmp(first.memory.data(), second.memory.data(), first.memory.bytes());
+  return same ? compare(problem, second, algorithm) : "two runs differ";
+}
+
 // The pool of output tensors, from several threads: a freed block comes back, and idle ones stay under the limit.
 std::string check_pool() {
   void* const block = pool_allocate(100000);
@@ -604,6 +657,19 @@ std::vector<DenseCase> dense_cases() {
   };
 }
 
+std::vector<HeadCase> head_cases() {
+  return {
+      {1, 8, 8, 64, 10, 0},      // one thread
+      {1, 7, 7, 512, 100, 0},    //
+      {6, 7, 7, 300, 33, 4},     // tails of channels, images and outputs
+      {3, 1, 1, 2050, 18, 1},    // several chains, one pixel
+      {2, 16, 32, 17, 5, 15},    //
+      {5, 3, 5, 1, 1, 0},        //
+      {9, 4, 4, 129, 300, 130},  //
+      {0, 4, 4, 8, 4, 0},        //
+  };
+}
+
 Case random_block(std::mt19937& random) {
   auto pick = [&](int low, int high) {
     return low + static_cast<int>(random() % static_cast<unsigned>(high - low + 1));
@@ -647,6 +713,12 @@ std::string describe(const DenseCase& c) {
   char text[160];
   std::snprintf(text, sizeof text, "dense block n=%d %dx%d c=%d growth=%d mid=%d layers=%d slice(%d)", c.n, c.h, c.w,
                 c.c, c.growth, c.mid, c.count, c.slice);
+  return text;
+}
+
+std::string describe(const HeadCase& c) {
+  char text[160];
+  std::snprintf(text, sizeof text, "head n=%d %dx%d c=%d k=%d slice(%d)", c.n, c.h, c.w, c.c, c.k, c.slice);
   return text;
 }
 
@@ -723,6 +795,7 @@ int main(int argc, char** argv) {
       }
   };
   const std::vector<DenseCase> dense = dense_cases();
+  const std::vector<HeadCase> heads = head_cases();
   for (DType dtype : {DType::kF32, DType::kBf16})
     for (Values values : {Values::kReal, Values::kInteger, Values::kNaN}) {
       for (size_t i = 0; i < cases.size(); ++i) {
@@ -736,6 +809,11 @@ int main(int argc, char** argv) {
         // What lies between several layers has more than the eight bits of bfloat16.
         if (values == Values::kInteger && dtype == DType::kBf16 && dense[i].count > 1) continue;
         check(DenseProblem(dense[i], dtype, values, seed), describe(dense[i]), i, true, run_dense);
+      }
+      for (size_t i = 0; i < heads.size(); ++i) {
+        const int pixels = heads[i].h * heads[i].w;
+        if (values == Values::kInteger && (pixels & (pixels - 1))) continue;  // the mean has to be rounded
+        check(HeadProblem(heads[i], dtype, values, seed), describe(heads[i]), i, false, run_classifier);
       }
     }
   for (int isa = 0; isa < kIsaCount; ++isa)

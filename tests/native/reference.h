@@ -86,6 +86,15 @@ inline Tensor average_pool(const Tensor& x) {
   return y;
 }
 
+inline Tensor global_mean(const Tensor& x) {
+  Tensor y(x.n, 1, 1, x.c);
+  for (int i = 0; i < x.n; ++i)
+    for (int p = 0; p < x.h; ++p)
+      for (int q = 0; q < x.w; ++q)
+        for (int k = 0; k < x.c; ++k) y.at(i, 0, 0, k) += x.at(i, p, q, k) / (x.h * x.w);
+  return y;
+}
+
 inline Tensor max_pool(const Tensor& x, const resnet_fused::cpu::Pool& pool) {
   Tensor y(x.n, pool.out(x.h), pool.out(x.w), x.c);
   for (int i = 0; i < y.n; ++i)
