@@ -188,7 +188,7 @@ def test_explain_places_and_times_every_row(monkeypatch):
         assert row.share == pytest.approx(row.roof.bound_seconds / 0.5)
     stem = plan.rows[0]
     assert stem.roof == roofline.place(Stem(2, 3, 32, 32, 16, 7, 7), torch.float32, MACHINE)
-    assert plan.seconds == 2.5 and plan.roof.flops == sum(row.flops for row in plan.rows)
+    assert plan.seconds == 3.0 and plan.roof.flops == sum(row.flops for row in plan.rows)
     data = json.loads(json.dumps(plan.to_dict()))
     assert data["machine"] == MACHINE.to_dict() and data["rows"][0]["roof"]["bytes"] == stem.bytes
     assert "machine" not in plain.to_dict()
@@ -226,7 +226,7 @@ def test_table_fits_120_columns(monkeypatch):
     assert max(map(len, lines)) <= 120
     row = next(line for line in lines if line.startswith(" layer1.0"))
     assert "bottleneck" in row and "123.400" in row, "a row is one line"
-    assert any("all of them" in line and "617.000" in line for line in lines)
+    assert any("all of them" in line and "740.400" in line for line in lines)
 
 
 def test_command(monkeypatch):
