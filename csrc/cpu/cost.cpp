@@ -120,9 +120,10 @@ Cost block_cost(const Kernels& kernels, const Block& b, int threads) {
   // Each thread reads all of them, once or, where they do not stay in L2, for each unit, from L3 after the first time;
   // threads that share channels read a part each.
   const int64_t passes = p.split_channels ? 1 : weights > kKeptWeights ? units : threads;
-  // Few of them are found in L3 the first time, too: blocks that small are most of a small model. Not so in a dense
-  // block (reread), whose layers have few each.
-  const double first = weights > kKeptWeights || b.reread ? kBandwidth : kSharedCache;
+  // Few of them are found in L3 the first time, too: blocks that small are most of a small model. Not so
+  // layers, whose neighbours have as many, alone or in a dense block (reread).
+  const bool kept = weights <= kKeptWeights && b.layer_count > 1 && !b.reread;
+  const double first = kept ? kSharedCache : kBandwidth;
   seconds += static_cast<double>(weights) * (1 / first + static_cast<double>(passes - 1) / kSharedCache);
   const double share = padded(units, threads) / std::max<int64_t>(1, units);  // the slowest thread's
   c.seconds = seconds * share / threads + kLaunch * (p.split_channels ? b.layer_count : 1);
