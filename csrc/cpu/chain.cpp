@@ -11,7 +11,6 @@
 #include <climits>
 #include <cstring>
 #include <memory>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -1142,56 +1141,61 @@ void check_pack(const Kernels& kernels, const Block& b, const Layer& layer, cons
 }
 
 // Chains in one parallel region: threads take the next unit when they are done with one, so that one that the system
-// holds up delays nobody by more. A unit waits until what it reads is written: units are taken in order, so those that
-// it waits for are being computed by threads that run, however few there are.
+// holds up delays nobody by more. A unit is a band of a group of images, or the group through all of a few chains whose
+// weights stay in L2 together. It waits until what it reads is written: units are taken in order, so those that it
+// waits for are being computed by threads that run, however few there are.
 class Region {
  public:
-  Region(const Chain* first, const Chain* last) : chains_(first), count_(static_cast<int>(last - first)) {
-    for (int i = 0; i < count_; ++i) {
-      first_unit_.push_back(units_);
-      first_group_.push_back(groups_);
-      units_ += groups(i) * chains_[i].plan.bands;
-      groups_ += groups(i);
+  Region(const Chain* first, const Chain* last) {
+    int64_t weights = 0;
+    for (const Chain* c = first; c < last; weights += c->weights(), ++c) {
+      const bool kept = c > first && c->plan.bands == 1 && parts_.back().bands == 1 && same_groups(c[-1], *c) &&
+                        weights + c->weights() <= kKeptWeights;
+      if (kept) {
+        parts_.back().end = c + 1;
+        continue;
+      }
+      weights = 0;
+      parts_.push_back({c, c + 1, units_, groups_, ceil_div(c->block.n, c->plan.images), c->plan.bands});
+      units_ += parts_.back().groups * c->plan.bands;
+      groups_ += parts_.back().groups;
     }
     done_ = std::make_unique<std::atomic<int>[]>(static_cast<size_t>(groups_));
-    by_image_ = std::all_of(first, last, [&](const Chain& c) { return c.plan.bands == 1 && same_groups(c, *first); }) &&
-                std::accumulate(first, last, int64_t{0},
-                                [](int64_t sum, const Chain& c) { return sum + c.weights(); }) <= kKeptWeights;
   }
 
   void run(const Parallel& parallel) {
+    int64_t widest = 0;
+    for (const Part& p : parts_) widest = std::max(widest, p.groups * p.bands);
     parallel.run(
-        std::min<int64_t>(by_image_ ? groups(0) : units_, parallel.threads),
+        std::min<int64_t>(widest, parallel.threads),
         [](int64_t, int64_t, void* region) { static_cast<Region*>(region)->work(); }, this);
   }
 
  private:
-  const Chain* chains_;
-  int count_;
+  struct Part {
+    const Chain *begin, *end;         // that a unit goes through
+    int64_t first_unit, first_group;  // of all parts
+    int64_t groups;                   // of images
+    int bands;
+  };
+  std::vector<Part> parts_;
   int64_t units_ = 0, groups_ = 0;
-  std::vector<int64_t> first_unit_, first_group_;  // of each chain
-  std::unique_ptr<std::atomic<int>[]> done_;       // units of each group of images
+  std::unique_ptr<std::atomic<int>[]> done_;  // units of each group
   std::atomic<int64_t> next_{0};
-  bool by_image_;  // all weights stay in L2: a thread takes its images through all the blocks
 
-  int64_t groups(int i) const { return ceil_div(chains_[i].block.n, chains_[i].plan.images); }
   static bool same_groups(const Chain& a, const Chain& b) {
     return a.block.n == b.block.n && a.plan.images == b.plan.images;
   }
 
   void work() {
-    if (by_image_) {
-      for (int64_t group; (group = next_.fetch_add(1, std::memory_order_relaxed)) < groups(0);)
-        for (int i = 0; i < count_; ++i) run_unit(chains_[i], group, 0);
-      return;
-    }
-    int i = 0;
+    const Part* part = parts_.data();
     for (int64_t unit; (unit = next_.fetch_add(1, std::memory_order_relaxed)) < units_;) {
-      while (i + 1 < count_ && unit >= first_unit_[i + 1]) ++i;
-      const int64_t group = (unit - first_unit_[i]) / chains_[i].plan.bands;
-      if (i > 0) wait_for(i - 1, same_groups(chains_[i - 1], chains_[i]) ? group : -1);
-      const Done done{done_[first_group_[i] + group]};
-      run_unit(chains_[i], group, static_cast<int>((unit - first_unit_[i]) % chains_[i].plan.bands));
+      while (unit >= part->first_unit + part->groups * part->bands) ++part;
+      const int64_t group = (unit - part->first_unit) / part->bands;
+      if (part > parts_.data()) wait_for(part[-1], same_groups(*part[-1].begin, *part->begin) ? group : -1);
+      const Done done{done_[part->first_group + group]};
+      for (const Chain* chain = part->begin; chain < part->end; ++chain)
+        run_unit(*chain, group, static_cast<int>((unit - part->first_unit) % part->bands));
     }
   }
   // Counts a unit, also one that throws: nobody waits for it forever, and the region throws when all have ended.
@@ -1201,12 +1205,12 @@ class Region {
     ~Done() { count.fetch_add(1, std::memory_order_acq_rel); }
   };
 
-  // Until a group of images (-1: all) has been through a chain, and so through those before it.
-  void wait_for(int i, int64_t group) const {
-    const int64_t begin = first_group_[i] + std::max<int64_t>(0, group);
-    const int64_t end = group < 0 ? first_group_[i] + groups(i) : begin + 1;
+  // Until a group of images (-1: all) has been through a part, and so through those before it.
+  void wait_for(const Part& part, int64_t group) const {
+    const int64_t begin = part.first_group + std::max<int64_t>(0, group);
+    const int64_t end = group < 0 ? part.first_group + part.groups : begin + 1;
     for (int64_t g = begin; g < end; ++g)
-      for (int spins = 0; done_[g].load(std::memory_order_acquire) < chains_[i].plan.bands;)
+      for (int spins = 0; done_[g].load(std::memory_order_acquire) < part.bands;)
         spins < kSpins ? (++spins, pause()) : std::this_thread::yield();
   }
   static constexpr int kSpins = 4096;  // about 100 us
