@@ -116,7 +116,7 @@ def apply(found: Search, model: nn.Module) -> None:
     routes = [route for candidate in found.routes if len((route := Route(*candidate)).stops) > 1]
     for route in routes:
         for member in route.fused:
-            member.__dict__["_fused_route"] = route
+            member.__dict__["_fused_route"] = route.of(member)
     for owner in dict.fromkeys((*found.owners, *(route.owner for route in routes))):
         owner.register_forward_pre_hook(enter)
         owner.register_forward_hook(leave, always_call=True)

@@ -29,7 +29,7 @@ class _State(threading.local):
         self.unfused = False
         # Changed in place only: what torch.compile makes of an assignment does not reach the thread-local value.
         self.running: list[nn.Module] = []
-        self.covered: list[tuple[nn.Module, nn.Module]] = []  # owner, and a module whose output it has already
+        self.covered: list[tuple[nn.Module, nn.Module, Tensor]] = []  # owner, a module that is done, what it gave
 
 
 _state = _State()
@@ -58,15 +58,15 @@ def leave(owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         _state.covered[:] = [entry for entry in _state.covered if entry[0] is not owner]
 
 
-def cover(owner: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """Let each of these modules pass its input on when `owner`'s forward, which is running, comes to it."""
-    _state.covered += [(owner, module) for module in modules]
+def cover(owner: nn.Module, modules: Sequence[nn.Module], output: Tensor) -> None:
+    """Let each of these modules pass `output` on when `owner`'s forward, which is running, comes to it."""
+    _state.covered += [(owner, module, output) for module in modules]
 
 
-def uncover(module: nn.Module) -> bool:
-    """Whether a module's output is computed already; then it is so no longer."""
-    for i, (_, covered) in enumerate(_state.covered):
-        if covered is module:
+def uncover(module: nn.Module, x: Any) -> bool:
+    """Whether a module's output is computed already, and is `x`; then it is so no longer."""
+    for i, (_, covered, output) in enumerate(_state.covered):
+        if covered is module and output is x:
             del _state.covered[i]
             return True
     return False
@@ -99,6 +99,9 @@ def only_channels_last(t: Tensor) -> bool:
 
 
 OWN_HOOKS = (enter, leave, restore_format)
+
+CALL_ATTRIBUTES = ("forward", "_compiled_call_impl")
+"""What in a module's own dictionary takes the place of its class's forward; the latter is of nn.Module.compile."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def hook_stores(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 def is_watched(block: nn.Module) -> bool:
     """Whether something looks at a block's input or output, or replaces its forward."""
-    return any(hook_stores(block)) or "forward" in block.__dict__
+    return any(hook_stores(block)) or any(name in block.__dict__ for name in CALL_ATTRIBUTES)
 
 
 @dataclass
@@ -161,6 +164,7 @@ class Watched:
         norms: BatchNorms whose eps is read.
         sources: where the tensors are kept that scales and shifts depend on, as (dictionary, key).
         weights: where those of the convolutions are.
+        plain: which of the convolutions had no bias.
     """
 
     present: list[nn.Module]
@@ -173,6 +177,7 @@ class Watched:
     norms: list[Any]
     sources: list[tuple[dict[str, Tensor], str]]
     weights: list[tuple[dict[str, Tensor], str]]
+    plain: list[bool]
 
     def watch(self, modules: Sequence[nn.Module]) -> None:
         """Look at the mode and hooks of these modules, and of no others."""
@@ -186,6 +191,12 @@ class Watched:
             or [children.get(name) for children, name in self.inside] != self.modules
         )
 
+    def lacks(self) -> bool:
+        """Whether a tensor was taken away since, or a convolution got a bias or lost it."""
+        return any([store.get(name) is None for store, name in (*self.sources, *self.weights)]) or any(
+            [(store.get("bias") is None) != none for (store, _), none in zip(self.weights, self.plain, strict=True)]
+        )
+
     def why_unfused(self, device: torch.device | None) -> str | None:
         """Why the original modules have to run now, or None if the op can."""
         if any(self.hooks):
@@ -194,6 +205,11 @@ class Watched:
             return "a module inside it was replaced after fusing"
         if any([m.training for m in self.present]):
             return "a module inside it is in train mode"
+        # torch.compile would take a parameter that is looked at here for one of variable size.
+        if not torch.compiler.is_compiling() and self.lacks():
+            return "a parameter or buffer inside it was added or taken away"
+        if any([name in m.__dict__ for m in self.present for name in CALL_ATTRIBUTES]):
+            return "the forward of a module inside it was replaced"
         return self.where_unfused(device)
 
     def where_unfused(self, device: torch.device | None) -> str | None:
@@ -202,6 +218,8 @@ class Watched:
             return "inside unfused()"
         if self.owners and not all([any([m is owner for m in _state.running]) for owner in self.owners]):
             return "called from outside of the model's own forward"
+        if any(["forward" in owner.__dict__ for owner in self.owners]):
+            return "the model's forward was replaced"
         if device is not None and torch.is_autocast_enabled(device.type):
             return "autocast is on"
         return None
@@ -218,10 +236,11 @@ class Watched:
         """Modules, modes, eps and tensors as (dictionary, key, value there now): what says that all is as it was."""
         places: list[tuple[dict[str, Any], str]] = [
             *self.inside,
-            *((module.__dict__, "training") for module in self.present),
+            *((module.__dict__, name) for module in self.present for name in ("training", *CALL_ATTRIBUTES)),
             *((norm.__dict__, "eps") for norm in self.norms),
             *self.sources,
             *self.weights,
+            *((store, "bias") for store, _ in self.weights),
         ]
         return [(store, name, store.get(name)) for store, name in places]
 
@@ -283,6 +302,7 @@ class Fusion:
             norms=[layer.norm for layer in layers if layer.norm is not None and layer.eps is None],
             sources=[source for layer in layers for source in layer.sources()],
             weights=[(conv._parameters, "weight") for conv in self.convs],  # type: ignore[misc]
+            plain=[conv.bias is None for conv in self.convs],
         )
         self.watched.watch([m for m in modules if m is not None])
         self._first = self.convs[0]

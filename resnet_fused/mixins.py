@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from . import replay
 from .fusion import Fusion
-from .route import Route, through
+from .route import Mark, Route, through
 
 FUSED_ATTRIBUTES = ("_fused_op", "_fused_steps", "_fused_route")  # what fusing adds to a module
 
@@ -23,7 +23,7 @@ class Fused:
     """Runs `_fused_op` in place of the forward of the class behind it."""
 
     _fused_op: Fusion | None = None
-    _fused_route: Route | None = None
+    _fused_route: Route | Mark | None = None
 
     def fusions(self) -> Sequence[Fusion]:
         """What of this module runs as fused ops."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import plan
-from .fusion import Fusion, Watched, hook_stores, is_watched
+from .fusion import CALL_ATTRIBUTES, Fusion, Watched, hook_stores, is_watched
 from .kernels import native
 from .settings import resolve_backend
 
@@ -62,15 +62,15 @@ class Recording:
         entries = [
             *watched.entries(),
             *((fusion.__dict__, "kept", fusion.kept) for fusion in fusions),
-            *((block.__dict__, "forward", None) for block in blocks),
+            *((block.__dict__, name, None) for block in blocks for name in CALL_ATTRIBUTES),
             *(() if route is None else route.entries()),
         ]
         hooks = [*watched.hooks, *(store for block in blocks for store in hook_stores(block))]
-        inference = any(t.is_inference() for t in self.tensors)
+        counted = [t for t in self.tensors if not t.is_inference()]  # the others have no version
         self._guard = (
             tuple(itertools.chain.from_iterable(entries)),
             tuple(itertools.chain.from_iterable((store, len(store)) for store in (*hooks, *watched.whole))),
-            () if inference else tuple(itertools.chain.from_iterable((t, t._version) for t in self.tensors)),
+            tuple(itertools.chain.from_iterable((t, t._version) for t in counted)),
             torch.ops.resnet_fused._watch.default(self.tensors),
         )
 
@@ -108,7 +108,7 @@ def run(
         return x, 0
     if first.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    key = (tuple(fusions), x.shape, x.stride(), x.dtype, backend, plan.state(x.device))
+    key = (tuple(fusions), tuple(blocks), route, x.shape, x.stride(), x.dtype, backend, plan.state(x.device))
     kept = fusions[0].recordings
     recording = kept.get(key)
     if recording is None or not recording.holds():

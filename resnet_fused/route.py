@@ -1,6 +1,7 @@
 """A whole forward as one call: the stem, the stages and what lies between them, where each only feeds the next.
 
-What a module's forward calls one after another is known from torch.fx (see matchers/search.py). On a CPU the first of
+What a module's forward calls one after another is known from torch.fx, where its source shows that it does so on every
+call (see matchers/straight.py). On a CPU the first of
 those modules runs as many of them as can be recorded as one, and the others, when the forward comes to them, pass their
 input on. CIFAR ResNet-56 in bfloat16 at batch 1 is then one call instead of four, of 20 to 60 us each.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import replay
-from .fusion import Fusion, Watched, cover, hook_stores, uncover
+from .fusion import CALL_ATTRIBUTES, Fusion, Watched, cover, hook_stores, uncover
 
 Place = tuple[dict[str, nn.Module | None], str]
 """The children of a module, and one of their names."""
@@ -28,8 +29,12 @@ class Member(Protocol):
         """What it runs as, and the modules that are not called then; None: not of fused ops alone."""
 
 
+class Mark:
+    """What the members of a route carry, all but the first: a part alone does not hold the whole."""
+
+
 class Route:
-    """Modules that `owner`'s forward calls in this order, each once, with the output of the one before.
+    """Modules that `owner`'s forward calls in this order, each once, with the output of the one before, on every call.
 
     Args:
         owner: the module whose forward it is; it has the hooks `enter` and `leave`.
@@ -39,6 +44,8 @@ class Route:
 
     def __init__(self, owner: nn.Module, members: Sequence[nn.Module], places: Sequence[Sequence[Place]]) -> None:
         self.owner = owner
+        self.forward = type(owner).forward  # in which they are called
+        self.mark = Mark()
         self.members: list[nn.Module] = []
         self.fused: list[nn.Module] = []  # those with a mixin
         self.fusions: list[Fusion] = []
@@ -72,21 +79,28 @@ class Route:
             norms=[],
             sources=[],
             weights=[],
+            plain=[],
         )
 
     def entries(self) -> list[tuple[dict[str, Any], str, Any]]:
         """What shows that the members are still this route's and called as they were, as (dictionary, key, value)."""
         return [
-            *((m.__dict__, "_fused_route", self) for m in self.fused),
-            *((m.__dict__, "forward", None) for m in self.members),
+            *((m.__dict__, "_fused_route", self.of(m)) for m in self.fused),
+            *((m.__dict__, name, None) for m in (self.owner, *self.members) for name in CALL_ATTRIBUTES),
         ]
+
+    def of(self, member: nn.Module) -> Route | Mark:
+        """What a member carries."""
+        return self if member is self.members[0] else self.mark
 
     def run(self, x: Tensor) -> Tensor | None:
         """The output of as many members as are one call, which the others then pass on; None: call them."""
+        if type(self.owner).forward is not self.forward:
+            return None
         output, count = replay.run(self.fusions, x, self.blocks, self)
         if not count:
             return None
-        cover(self.owner, self.members[1 : self.stops[count]])
+        cover(self.owner, self.members[1 : self.stops[count]], output)
         return output
 
 
@@ -95,9 +109,11 @@ def through(module: nn.Module, x: Any) -> Any:
 
     None if the module has to compute it itself.
     """
-    route: Route | None = module._fused_route  # type: ignore[assignment]
-    if route is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return None
-    if uncover(module):
-        return x
-    return route.run(x) if module is route.members[0] and isinstance(x, Tensor) else None
+    route: Route | Mark | None = module._fused_route  # type: ignore[assignment]
+    if route is None:
+        return None
+    if isinstance(route, Route):
+        return route.run(x) if isinstance(x, Tensor) else None
+    return x if uncover(module, x) else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import linecache
 import pickle
 
 import pytest
@@ -22,23 +24,29 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="there are no nat
 
 
 class Net(nn.Module):
-    """A layer, and a head whose forward is given."""
+    """A layer, and what a head is made of."""
 
-    def __init__(self, end, **modules):
+    def __init__(self, **modules):
         super().__init__()
         self.features = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU())
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(24, 10)
         for name, module in modules.items():
             self.add_module(name, module)
-        self.end = end
-
-    def forward(self, x):
-        return self.end(self, self.features(x))
 
 
-def net(end=lambda m, x: m.fc(torch.flatten(m.avgpool(x), 1)), **modules):
-    return rf.models.randomize_batchnorms(Net(end, **modules)).eval()
+def net(end="m.fc(torch.flatten(m.avgpool(x), 1))", **modules):
+    return rf.models.randomize_batchnorms(written(f"return {end}")(**modules)).eval()
+
+
+@functools.cache
+def written(*lines):
+    """A `Net` whose forward ends in these lines; inspect finds its source."""
+    source = "".join(["def forward(m, x):\n    x = m.features(x)\n", *(f"    {line}\n" for line in lines)])
+    name, names = f"<forward {len(linecache.cache)}>", {"torch": torch, "functional": functional}
+    linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+    exec(compile(source, name, "exec"), names)
+    return type("Written", (Net,), {"forward": names["forward"]})
 
 
 def head_runs(model, x=None):
@@ -53,20 +61,20 @@ def fast():
 # --- where it is found ----------------------------------------------------------------------------------------------
 
 FOUND = {
-    "method": lambda: net(lambda m, x: m.fc(m.avgpool(x).flatten(1))),
-    "keywords": lambda: net(lambda m, x: m.fc(torch.flatten(m.avgpool(x), start_dim=1, end_dim=-1))),
-    "module": lambda: net(lambda m, x: m.fc(m.flat(m.avgpool(x))), flat=nn.Flatten()),
+    "method": lambda: net("m.fc(m.avgpool(x).flatten(1))"),
+    "keywords": lambda: net("m.fc(torch.flatten(m.avgpool(x), start_dim=1, end_dim=-1))"),
+    "module": lambda: net("m.fc(m.flat(m.avgpool(x)))", flat=nn.Flatten()),
     "no bias": lambda: net(fc=nn.Linear(24, 10, bias=False)),
-    "dropout": lambda: net(lambda m, x: m.fc(m.drop(m.avgpool(x).flatten(1))), drop=nn.Dropout(0.5)),
+    "dropout": lambda: net("m.fc(m.drop(m.avgpool(x).flatten(1)))", drop=nn.Dropout(0.5)),
     "dropout in a classifier": lambda: net(
-        lambda m, x: m.tail(m.avgpool(x).flatten(1)), tail=nn.Sequential(nn.Dropout(0.5), nn.Linear(24, 10))
+        "m.tail(m.avgpool(x).flatten(1))", tail=nn.Sequential(nn.Dropout(0.5), nn.Linear(24, 10))
     ),
     "more layers": lambda: net(
-        lambda m, x: m.tail(m.avgpool(x).flatten(1)),
+        "m.tail(m.avgpool(x).flatten(1))",
         tail=nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4)),
     ),
     "in a child": lambda: net(
-        lambda m, x: m.tail(x), tail=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10))
+        "m.tail(x)", tail=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10))
     ),
     "in a sequential": lambda: rf.models.randomize_batchnorms(
         nn.Sequential(
@@ -94,24 +102,38 @@ def test_found(make, dtype):
             assert y.stride() == expected.stride()
 
 
+class Always(nn.Dropout):
+    def forward(self, x):
+        return x * 2
+
+
+def forward(*lines):
+    return rf.models.randomize_batchnorms(written(*lines)()).eval()
+
+
 class Gated(nn.Linear):
     def forward(self, x):
         return super().forward(x).sigmoid()
 
 
 LEFT = {
-    "another pooling": lambda: net(
-        lambda m, x: m.big(m.two(x).flatten(1)), two=nn.AdaptiveAvgPool2d(2), big=nn.Linear(96, 3)
-    ),
-    "a function in between": lambda: net(lambda m, x: m.fc(m.avgpool(x).flatten(1).relu())),
-    "a module in between": lambda: net(lambda m, x: m.fc(m.act(m.avgpool(x).flatten(1))), act=nn.ReLU()),
-    "features come out": lambda: net(lambda m, x: (m.fc(f := m.avgpool(x).flatten(1)), f)),
-    "used twice": lambda: net(lambda m, x: m.fc(m.avgpool(x).flatten(1)) + m.fc(x.mean((2, 3)))),
-    "pooled twice": lambda: net(lambda m, x: m.fc(m.avgpool(x).flatten(1)) + m.avgpool(x).mean()),
-    "flattened otherwise": lambda: net(lambda m, x: m.fc(m.avgpool(x).flatten(1, 2).flatten(1))),
+    "another pooling": lambda: net("m.big(m.two(x).flatten(1))", two=nn.AdaptiveAvgPool2d(2), big=nn.Linear(96, 3)),
+    "a function in between": lambda: net("m.fc(m.avgpool(x).flatten(1).relu())"),
+    "a module in between": lambda: net("m.fc(m.act(m.avgpool(x).flatten(1)))", act=nn.ReLU()),
+    "features come out": lambda: forward("x = m.avgpool(x).flatten(1)", "return m.fc(x), x"),
+    "used twice": lambda: net("m.fc(m.avgpool(x).flatten(1)) + m.fc(x.mean((2, 3)))"),
+    "pooled twice": lambda: net("m.fc(m.avgpool(x).flatten(1)) + m.avgpool(x).mean()"),
+    "flattened otherwise": lambda: net("m.fc(m.avgpool(x).flatten(1, 2).flatten(1))"),
     "a linear layer that does more": lambda: net(fc=Gated(24, 10)),
     "a parametrized weight": lambda: net(fc=parametrizations.weight_norm(nn.Linear(24, 10))),
-    "a functional pooling": lambda: net(lambda m, x: m.fc(functional.adaptive_avg_pool2d(x, 1).flatten(1))),
+    "a functional pooling": lambda: net("m.fc(functional.adaptive_avg_pool2d(x, 1).flatten(1))"),
+    "another dropout": lambda: net("m.fc(m.drop(m.avgpool(x).flatten(1)))", drop=Always(0.5)),
+    "without gradients": lambda: forward("with torch.no_grad():", "    x = m.avgpool(x).flatten(1)", "return m.fc(x)"),
+    "its own autocast": lambda: forward(
+        "with torch.autocast('cpu', enabled=False):", "    return m.fc(m.avgpool(x).flatten(1))"
+    ),
+    "a branch": lambda: forward("x = m.avgpool(x)", "if m.training:", "    x = x * 2", "return m.fc(x.flatten(1))"),
+    "something kept": lambda: forward("x = m.features_seen = m.avgpool(x)", "return m.fc(x.flatten(1))"),
     "shared": lambda: net(again=(fc := nn.Linear(24, 10)), fc=fc),
 }
 
@@ -136,7 +158,7 @@ def test_a_model_with_nothing_else_to_fuse_is_refused():
 
 @pytest.mark.parametrize("name", ["avgpool", "flat", "drop", "fc"])
 def test_a_hook_sees_what_passes(name):
-    model = net(lambda m, x: m.fc(m.drop(m.flat(m.avgpool(x)))), flat=nn.Flatten(), drop=nn.Dropout())
+    model = net("m.fc(m.drop(m.flat(m.avgpool(x))))", flat=nn.Flatten(), drop=nn.Dropout())
     fast, x, seen = rf.fuse(model), images(), []
     with torch.no_grad():
         expected = fast(x)
@@ -156,6 +178,52 @@ def test_children_outside_of_the_model_give_their_own_output(fast):
     with torch.no_grad():
         torch.testing.assert_close(fast.avgpool(x), x.mean((2, 3), keepdim=True))
         torch.testing.assert_close(fast.fc(x[:, :, 0, 0]), functional.linear(x[:, :, 0, 0], *fast.fc.parameters()))
+
+
+def test_gradients_of_a_head_alone():
+    fast = rf.fuse(forward("with torch.no_grad():", "    x = m.avgpool(x).flatten(1)", "return m.fc(x)"))
+    fast(images()).sum().backward()
+    assert fast.fc.weight.grad is not None
+
+
+def test_autocast_around_a_head():
+    model = forward("with torch.autocast('cpu', enabled=False):", "    return m.fc(m.avgpool(x.float()).flatten(1))")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert rf.fuse(model)(images()).shape == model(images()).shape
+
+
+PATCHES = {
+    "the model's forward": lambda m: setattr(m, "forward", lambda x: m.avgpool(m.features(x))),
+    "the pooling's forward": lambda m: setattr(m.avgpool, "forward", lambda x: x.amax((2, 3), keepdim=True)),
+    "the linear layer's forward": lambda m: setattr(m.fc, "forward", lambda x: x[:, :3]),
+    "no bias": lambda m: setattr(m.fc, "bias", None),
+    "a parametrization": lambda m: parametrizations.weight_norm(m.fc),
+    "a BatchNorm's forward": lambda m: setattr(m.features[1], "forward", torch.neg),
+}
+
+
+@pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
+@pytest.mark.parametrize("called", [False, True])
+def test_what_is_patched_after_fusing(patch, called):
+    model, x = net(), images()
+    fast = rf.fuse(model)
+    with torch.no_grad():
+        for _ in range(2 * called):
+            fast(x)
+        for m in (model, fast):
+            torch.manual_seed(0)
+            patch(m)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_that_was_not_there():
+    model = net(fc=nn.Linear(24, 10, bias=False))
+    fast, x = rf.fuse(model), images()
+    with torch.no_grad():
+        fast(x)
+        for m in (model, fast):
+            m.fc.bias = nn.Parameter(torch.ones(10))
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["avgpool", "fc"])

@@ -148,8 +148,69 @@ class Between(Net):
         return self.last(self.layer2(self.drop(self.layer1(self.nothing(self.stem(x))))))
 
 
+class Kept(Net):
+    """Keeps what a stage gives."""
+
+    def forward(self, x):
+        x = self.seen = self.layer1(self.stem(x))
+        return self.layer2(x)
+
+
+class Branch(Net):
+    """May stop early."""
+
+    early = False
+
+    def forward(self, x):
+        x = self.layer1(self.stem(x))
+        if self.early:
+            return x
+        return self.layer2(x)
+
+
+class Frozen(Net):
+    """Computes a part of it without gradients."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.layer1(self.stem(x))
+        return self.layer2(x)
+
+
+class Helped(Net):
+    """Calls its modules in a method of its own."""
+
+    def forward(self, x):
+        return self.helper(x)
+
+    def helper(self, x):
+        x = self.stem(x)
+        return self.layer2(self.layer1(x))
+
+
+class Scaled(nn.Identity):
+    """Is an Identity by its class alone."""
+
+    def forward(self, x):
+        return x * 2
+
+
+class NotNothing(Between):
+    """Has a module between its stages that does something."""
+
+    def __init__(self):
+        super().__init__()
+        self.nothing = Scaled()
+
+
 @pytest.mark.parametrize(
-    ("cls", "lengths"), [(Apart, [1, 3, 2]), (Features, [1, 3, 2]), (Twice, [4, 2, 2]), (Between, [6])]
+    ("cls", "lengths"),
+    [
+        *((cls, [1, 3, 2]) for cls in (Apart, Features, Kept, Branch, Frozen)),
+        *((cls, [6]) for cls in (Between, Helped)),
+        (Twice, [4, 2, 2]),
+        (NotNothing, [1, 5]),
+    ],
 )
 def test_what_is_one_call(cls, lengths, replays):
     torch.manual_seed(0)
@@ -163,10 +224,83 @@ def test_what_is_one_call(cls, lengths, replays):
         for block in (net.layer1[1], fast.layer1[1]):  # a change in the middle
             scaled(block.conv2.weight)
         torch.testing.assert_close(fast(X), net(X), rtol=1e-4, atol=1e-4)
+        if cls is Kept:
+            torch.testing.assert_close(fast.seen, net.seen, rtol=1e-4, atol=1e-4)
+        if cls is Branch:
+            fast.early = net.early = True
+            torch.testing.assert_close(fast(X), net(X), rtol=1e-4, atol=1e-4)
         if cls is Between:
             fast.drop.train()
             torch.manual_seed(1)
             assert not torch.allclose(fast(X), net(X), rtol=1e-3, atol=1e-3)
+
+
+def test_a_part_without_gradients():
+    fast = rf.fuse(Frozen().eval())
+    fast(X).sum().backward()
+    assert fast.layer2[0].conv1.weight.grad is not None and fast.layer1[0].conv1.weight.grad is None
+
+
+def test_one_recording_each_for_all_and_a_part():
+    """The same pieces on the same input, once with a module in between."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stage = nn.Sequential(plain.BasicBlock(16, 16), plain.BasicBlock(16, 16))
+            self.first, self.nothing, self.second = self.stage[0], nn.Identity(), self.stage[1]
+
+        def forward(self, x):
+            return self.second(self.nothing(self.first(x)))
+
+    fast = rf.fuse(rf.models.randomize_batchnorms(Inner()).eval())
+    with torch.no_grad():
+        expected = fast(X)
+        fast.stage(X)
+        assert torch.equal(fast(X), expected)
+        fast.nothing = Scaled()
+        assert not torch.allclose(fast(X), expected)
+
+
+def test_a_stage_compiled_in_place(net, fast):
+    with torch.no_grad():
+        for stage in (net.layer2, fast.layer2):
+            stage.compile(backend="eager")
+        torch.testing.assert_close(fast(X), net(X), rtol=1e-4, atol=1e-4)
+
+
+def test_one_inference_tensor_hides_no_other(net):
+    fast = rf.fuse(net)
+    with torch.inference_mode():
+        for m in (net, fast):
+            m.layer1[0].bn1.running_mean = m.layer1[0].bn1.running_mean.clone()
+    with torch.no_grad():
+        fast(X)
+        for m in (net, fast):
+            scaled(m.layer2[0].conv1.weight)
+        torch.testing.assert_close(fast(X), net(X), rtol=1e-4, atol=1e-4)
+
+
+def test_what_an_interrupted_call_leaves_is_not_taken(net, fast):
+    """No hook sees a KeyboardInterrupt, so that the stages behind it stay covered."""
+    with torch.no_grad():
+        rf.fusion.cover(fast, [fast.layer1], X)
+        try:
+            x = net.stem(X)
+            torch.testing.assert_close(fast.layer1(x), net.layer1(x), rtol=1e-4, atol=1e-4)
+        finally:
+            rf.fusion._state.covered.clear()
+
+
+def test_a_part_alone_does_not_hold_the_whole(fast):
+    fast = copy.deepcopy(fast)
+    with torch.no_grad():
+        fast(X)
+    stage, whole = fast.layer2, weakref.ref(fast)
+    assert len(pickle.dumps(stage)) < 1.5 * len(pickle.dumps(rf.unfuse(stage)))
+    del fast
+    gc.collect()
+    assert whole() is None
 
 
 def test_a_stage_given_back_its_modules_is_called(net, fast, replays):

@@ -17,7 +17,8 @@ from ..fusion import HeadFusion, Settings
 from ..mixins import original_class
 from .chains import is_free, place_of
 from .graphs import calls, module_of, only_user
-from .layers import Model, Refused, check_tensors, check_weight, is_norm
+from .layers import Model, Refused, check_tensors, check_weight, is_norm, is_nothing
+from .straight import is_straight
 from .tracing import trace
 
 
@@ -27,6 +28,8 @@ def match_heads(owner: nn.Module, model: Model, settings: Settings) -> Iterator[
     Raises:
         Refused: torch.fx cannot trace the forward.
     """
+    if not is_straight(owner):
+        return
     opened = list(to_open(owner))
     within = [*owner.children(), *(child for module in opened for child in module.children())]
     if not any(map(is_global_pool, within)) or not any(map(is_linear, within)):
@@ -68,7 +71,7 @@ def to_open(owner: nn.Module) -> Iterator[nn.Module]:
     for child in owner.children():
         inner = [m for m in child.modules() if m is not child]
         holds = any(is_global_pool(m) or is_linear(m) for m in inner)
-        if holds and not any(isinstance(m, nn.Conv2d) or is_norm(m) for m in inner):
+        if holds and is_straight(child) and not any(isinstance(m, nn.Conv2d) or is_norm(m) for m in inner):
             yield child
 
 
@@ -99,7 +102,7 @@ def follow(owner: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
         if module is None:
             return
         yield following
-        following = only_user(following) if isinstance(module, nn.Identity | nn.Dropout) else None
+        following = only_user(following) if is_nothing(module) else None
 
 
 def takes_one(node: fx.Node) -> bool:

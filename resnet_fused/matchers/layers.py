@@ -93,9 +93,28 @@ def norm_channels(norm: Any) -> int:
     return norm.num_features if isinstance(norm, nn.modules.batchnorm._BatchNorm) else norm.running_var.numel()
 
 
+_NOTHING = tuple(
+    cls.forward
+    for cls in (
+        nn.Identity,
+        nn.Dropout,
+        nn.Dropout1d,
+        nn.Dropout2d,
+        nn.Dropout3d,
+        nn.AlphaDropout,
+        nn.FeatureAlphaDropout,
+    )
+)
+
+
+def is_nothing(module: nn.Module) -> bool:
+    """Whether a module is one of torch's that give their input back in eval mode; a subclass may do otherwise."""
+    return original_class(module).forward in _NOTHING
+
+
 def activation(module: nn.Module) -> str | None:
     """`"relu"` or `"none"` if that is what a module without tensors computes in eval mode, else None."""
-    if isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
+    if is_nothing(module):
         return "none"
     if original_class(module) is nn.ReLU:
         return "relu"

@@ -16,8 +16,9 @@ from .blocks import match_block
 from .chains import Place, last_of_sequential, match_chain, sequential_runs, traced_modules, traced_runs
 from .graphs import match_graph
 from .heads import match_heads
-from .layers import Model, Refused, is_norm
+from .layers import Model, Refused, is_norm, is_nothing
 from .probe import Prober
+from .straight import is_straight
 
 IMAGE_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -188,14 +189,17 @@ class Search:
                 self.changes[module] = (FusedStage, {})
 
     def _routes(self, owner: nn.Module) -> None:
-        if owner in self.changes:
+        if owner in self.changes or not is_straight(owner):
             return
         try:
             runs = list(traced_modules(owner, self._model))
         except Refused:
             return
         for run in runs:
-            passed = [module in self.changes or is_nothing(module) for module, _ in run]
+            passed = [
+                (module in self.changes or is_nothing(module)) and self._model.places[id(module)] == 1
+                for module, _ in run
+            ]
             for wanted, group in groupby(zip(run, passed, strict=True), key=lambda item: item[1]):
                 members = [item[0] for item in group]
                 while members and members[0][0] not in self.changes:  # nothing to run the others
@@ -217,11 +221,6 @@ def norms_of_the_image(model: Model) -> dict[nn.Module, str]:
             kind = next(base.__name__ for base in type(norm).__mro__ if base.__module__.startswith("torch."))
             found[conv] = f"{model.paths[id(norm)]} is a {kind}: its statistics depend on the image"
     return found
-
-
-def is_nothing(module: nn.Module) -> bool:
-    """Whether a module gives its input back in eval mode."""
-    return isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd))
 
 
 def takes_more_than_an_image(module: nn.Module) -> bool:
