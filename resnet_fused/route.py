@@ -8,7 +8,9 @@ input on. CIFAR ResNet-56 in bfloat16 at batch 1 is then one call instead of fou
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -27,6 +29,10 @@ class Member(Protocol):
 
     def pieces(self) -> list[tuple[Fusion, nn.Module]] | None:
         """What it runs as, and the modules that are not called then; None: not of fused ops alone."""
+
+
+MOST_FRAMES = 32
+"""Between a member's forward and its owner's: those of nn.Module's calls, of hooks, of methods of the owner."""
 
 
 class Mark:
@@ -93,9 +99,22 @@ class Route:
         """What a member carries."""
         return self if member is self.members[0] else self.mark
 
+    def is_called(self) -> bool:
+        """Whether it is the owner's forward that has called the first member, and not a hook or anybody else."""
+        if type(self.owner).forward is not self.forward:
+            return False
+        frame: FrameType | None = sys._getframe(1)
+        for _ in range(MOST_FRAMES):
+            if frame is None:
+                return False
+            if frame.f_code is self.forward.__code__:
+                return any(value is self.owner for value in frame.f_locals.values())
+            frame = frame.f_back
+        return False
+
     def run(self, x: Tensor) -> Tensor | None:
         """The output of as many members as are one call, which the others then pass on; None: call them."""
-        if type(self.owner).forward is not self.forward:
+        if not self.is_called():
             return None
         output, count = replay.run(self.fusions, x, self.blocks, self)
         if not count:

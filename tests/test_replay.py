@@ -292,6 +292,15 @@ def test_what_an_interrupted_call_leaves_is_not_taken(net, fast):
             rf.fusion._state.covered.clear()
 
 
+def test_a_hook_may_call_a_part(net, fast):
+    seen = []
+    for m in (net, fast):
+        m.register_forward_pre_hook(lambda m, args: seen.append(m.stem(args[0])))
+    with torch.no_grad():
+        torch.testing.assert_close(fast(X), net(X), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+
+
 def test_a_part_alone_does_not_hold_the_whole(fast):
     fast = copy.deepcopy(fast)
     with torch.no_grad():
