@@ -378,7 +378,12 @@ def test_tune_refuses():
 def test_shapes_of_a_model():
     found = tune.shapes_of(rf.fuse(tiny()), images())
     assert len(found) == len(set(found))
-    assert [shape.op for shape in found if shape.op != "conv"] == ["stem", *["bottleneck"] * 2, *["basic_block"] * 2]
+    assert [shape.op for shape in found if shape.op != "conv"] == [
+        "stem",
+        *["bottleneck"] * 2,
+        *["basic_block"] * 2,
+        "head",
+    ]
     assert Conv(2, 32, 8, 8, 8, 1, 1) in found
 
 
