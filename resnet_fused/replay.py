@@ -55,8 +55,7 @@ class Recording:
     ) -> None:
         self.handles = handles
         self.choices = choices
-        around = [] if route is None else [route.watched]
-        self._watched = watched = Watched.all_of([*(fusion.watched for fusion in fusions), *around])
+        self._watched = watched = _watched(fusions, route)
         self.tensors = watched.tensors()
         self._aliases = [t.detach() for t in self.tensors]  # so that no other tensor can come by the same address
         entries = [
@@ -145,12 +144,17 @@ def _wants_gradients(x: Tensor, tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any([t.requires_grad for t in tensors]))
 
 
+def _watched(fusions: Sequence[Fusion], route: Route | None) -> Watched:
+    """What is looked at for these pieces, and for what else the route goes through."""
+    around = [] if route is None else [route.watched]
+    return Watched.all_of([*(fusion.watched for fusion in fusions), *around])
+
+
 def _record(fusions: Sequence[Fusion], blocks: Sequence[nn.Module], route: Route | None, x: Tensor) -> Recording | None:
     """The pieces up to the first that other kernels take part in; None if one may not run fused now."""
     if any(map(is_watched, blocks)):
         return None
-    around = [] if route is None else [route.watched]
-    watched = Watched.all_of([*(fusion.watched for fusion in fusions), *around])
+    watched = _watched(fusions, route)
     if route is not None and any([store.get(key) is not value for store, key, value in route.entries()]):
         return None
     if watched.why_unfused(CPU) is not None or _wants_gradients(x, watched.tensors()):

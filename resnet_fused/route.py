@@ -1,9 +1,9 @@
 """A whole forward as one call: the stem, the stages and what lies between them, where each only feeds the next.
 
 What a module's forward calls one after another is known from torch.fx, where its source shows that it does so on every
-call (see matchers/straight.py). On a CPU the first of
-those modules runs as many of them as can be recorded as one, and the others, when the forward comes to them, pass their
-input on. CIFAR ResNet-56 in bfloat16 at batch 1 is then one call instead of four, of 20 to 60 us each.
+call (see matchers/straight.py). On a CPU the first of those modules runs as many of them as can be recorded as one, and
+the others, when the forward comes to them, pass their input on. CIFAR ResNet-56 in bfloat16 at batch 1 is then one call
+instead of four, of 20 to 60 us each.
 """
 
 from __future__ import annotations

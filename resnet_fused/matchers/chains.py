@@ -16,11 +16,10 @@ from torch import fx, nn
 
 from ..fusion import Fusion, Settings
 from ..mixins import original_class
+from ..route import Place
 from .blocks import single_layer
 from .layers import Model, Refused, activation, check_inside, is_norm, make_layer, places_within
 from .tracing import trace
-
-Place = tuple[dict[str, nn.Module | None], str]  # the children of a module, and one of their names
 
 
 def match_chain(

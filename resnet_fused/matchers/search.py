@@ -11,9 +11,10 @@ from torch import nn
 
 from ..fusion import Fusion, Settings
 from ..mixins import Fused, Skipped, original_class
+from ..route import Place
 from ..stages import FusedSequential, FusedStage, is_stage
 from .blocks import match_block
-from .chains import Place, last_of_sequential, match_chain, sequential_runs, traced_modules, traced_runs
+from .chains import last_of_sequential, match_chain, sequential_runs, traced_modules, traced_runs
 from .graphs import match_graph
 from .heads import match_heads
 from .layers import Model, Refused, is_norm, is_nothing
