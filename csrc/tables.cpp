@@ -154,6 +154,8 @@ std::vector<Row> kernel_table() {
       add(k, kernel, "float32", 2 * tallest_sub(k.gemm_f32), k.panel, 1);
       add(k, kernel, "float32", 2 * tallest_sub(k.gemm_f32_narrow), k.narrow, 1);
     }
+    if (const int sub = tallest_sub(k.gemm_f32_row)) add(k, "direct", "float32", 2 * sub, k.panel, kRowTaps);
+    if (const int sub = tallest_sub(k.gemm_f32_narrow_row)) add(k, "direct", "float32", 2 * sub, k.narrow, kRowTaps);
     if (!k.bf16_sub) continue;
     add(k, "direct", "bfloat16", 2 * k.bf16_sub, k.panel, 2 * k.bf16_word_multiple);
     add(k, "direct", "bfloat16", 2 * k.bf16_narrow_sub, k.narrow, 2 * k.bf16_narrow_multiple);

@@ -45,10 +45,10 @@ struct Parallel {
 
 constexpr int64_t kKeptWeights = 1 << 20;  // bytes of weights that stay in L2 beside pixels
 
-// Rows of the tallest sub-tile of gemm_f32 or gemm_f32_narrow.
+// Rows of the tallest sub-tile of a table of gemm_f32's kind; 0 where it is empty.
 inline int tallest_sub(const GemmFn (&gemm)[kMaxSubTile + 1]) {
   int sub = kMaxSubTile;
-  while (!gemm[sub]) --sub;
+  while (sub > 0 && !gemm[sub]) --sub;
   return sub;
 }
 

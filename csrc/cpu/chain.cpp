@@ -104,6 +104,7 @@ struct Stage {
   bool gather;    // rows of A are copied together first: from x, or from the taps of a level
   int64_t gather_pitch;
   bool merged;    // one tap per kernel row: a row of the window is contiguous, pixels have no gaps
+  bool by_row;    // one tap per kernel row: the kernel reads each pixel once for the taps that meet it
   int64_t pitch;  // bytes between pixels
   int columns;    // pixels of a row, padding included
   bool cleared;   // behind the channels that are written, words of A are to be zero
@@ -193,6 +194,8 @@ struct Chain {
             ? s.c * element
             : round_up(std::max<int64_t>(int64_t{st.pack.flat ? 0 : st.pack.words} * 4, channels * element), kLine) +
                   kLine;
+    st.by_row = !st.m && !st.pack.bf16 && s.s == kRowTaps && s.stride_w == 1 && s.dil_w == 1 &&
+                tallest_sub(st.pack.panel == kernels.narrow ? kernels.gemm_f32_narrow_row : kernels.gemm_f32_row);
     st.cleared = before && !st.pack.flat && channels * element < int64_t{st.pack.words} * 4;
     return st;
   }
@@ -654,7 +657,8 @@ class Unit {
     if (st.pack.bf16)
       return narrow ? Tile{kernels_.bf16_narrow_sub, 1, kernels_.gemm_bf16_narrow}
                     : Tile{kernels_.bf16_sub, 1, kernels_.gemm_bf16};
-    const auto& gemm = narrow ? kernels_.gemm_f32_narrow : kernels_.gemm_f32;
+    const auto& gemm = narrow ? (st.by_row ? kernels_.gemm_f32_narrow_row : kernels_.gemm_f32_narrow)
+                              : (st.by_row ? kernels_.gemm_f32_row : kernels_.gemm_f32);
     Tile best{};
     double least = 0;
     for (int sub = kMaxSubTile; sub > 0; --sub) {
@@ -664,7 +668,7 @@ class Unit {
       least = rows;
       best = {sub, 1, gemm[sub]};
     }
-    if (kernels_.wide_sub && !narrow && panel_count % 2 == 0 && st.layer->shape.groups == 1 &&
+    if (kernels_.wide_sub && !narrow && !st.by_row && panel_count % 2 == 0 && st.layer->shape.groups == 1 &&
         static_cast<double>(rows_computed(kernels_.wide_sub)) * wide_tile_cost() < least)
       best = {kernels_.wide_sub, 2, kernels_.gemm_f32_wide};
     return best;
@@ -769,16 +773,17 @@ class Unit {
     }
     const int count = static_cast<int>(tiles.size() / 2);
     // Taps: pixels of the window; where those of a kernel row are contiguous, rows; where they are gathered, one.
-    const int rows = st.pack.flat ? 1 : s.r, per_row = st.merged || st.pack.flat ? 1 : s.s;
-    const int words = st.merged && !st.pack.flat ? st.pack.words * s.s : st.pack.words;
+    const int rows = st.pack.flat ? 1 : s.r, per_row = st.merged || st.by_row || st.pack.flat ? 1 : s.s;
+    const int tap_words = st.pack.words * (st.pack.flat ? 1 : s.s / per_row);
+    const int words = st.by_row ? st.pack.words : tap_words;  // that the kernel is told
     const int segment = block_.average ? kFineSegment : kSegment,
-              per_chain = static_cast<int>(ceil_div(segment, words));
+              per_chain = static_cast<int>(ceil_div(segment, tap_words));
     taps.clear();
     for (int r = 0; r < rows; ++r)
       for (int x = 0; x < per_row; ++x) {
         const int i = r * per_row + x;
         taps.push_back({(int64_t{r} * s.dil_h * st.columns + int64_t{x} * s.dil_w) * st.pitch,
-                        int64_t{i} * words * panel * 4, i / per_chain});
+                        int64_t{i} * tap_words * panel * 4, i / per_chain});
       }
     const int splits = st.pack.panel_bytes > kPanelLimit ? rows : 1;  // of the taps, by kernel row
     const int split_taps = static_cast<int>(taps.size()) / splits;
@@ -795,10 +800,10 @@ class Unit {
     auto* c =
         static_cast<float*>(workspace(Slot::kTiles, static_cast<size_t>(splits > 1 ? group : 2) * tile_floats * 4));
 
-    const int64_t tap_steps = words / (st.pack.bf16 ? kernels_.bf16_step : kernels_.f32_step);
+    const int64_t tap_steps = words / (st.by_row ? 1 : st.pack.bf16 ? kernels_.bf16_step : kernels_.f32_step);
     Ahead ahead(l == chain_.ahead_layer ? &ahead_ : nullptr, (panel_end - panel_begin) / tile.panels * int64_t{count} *
                                                                  static_cast<int64_t>(taps.size()) * tap_steps);
-    const int64_t split_bytes = int64_t{split_taps} * words * panel * 4;
+    const int64_t split_bytes = int64_t{split_taps} * tap_words * panel * 4;
 
     // The epilogue of a tile follows the products of the next one, whose latency it hides (AMX).
     struct {
@@ -830,7 +835,7 @@ class Unit {
         const int64_t group_offset = int64_t{n / st.pack.panels} * (s.c / s.groups) * 4;  // groups are float32
         GemmArgs args{};
         args.lda = st.gather ? st.gather_pitch : lda;
-        args.segment = segment;
+        args.segment = st.by_row ? segment / s.s : segment;
         args.words = words;
         args.b = weights(st) + n * st.pack.panel_bytes;
         args.b2 = args.b + st.pack.panel_bytes;

@@ -18,6 +18,7 @@ constexpr int kIsaCount = 5;
 constexpr int kMaxPanel = 32;    // widest panel of output channels of any instruction set
 constexpr int kMaxSubTile = 32;  // tallest half of a register tile of any instruction set
 constexpr int kMaxTileRows = 2 * kMaxSubTile;
+constexpr int kRowTaps = 3;  // of a kernel row that is one tap
 
 // One tap of the convolution window: byte offsets of its operands from the tile's and the panel's start, and the chain
 // that it is added up in. The same one whether or not taps before it are left out, so that all tiles round alike.
@@ -30,12 +31,14 @@ struct Tap {
 // or one: layers of few output channels would waste the second.
 // A row of A is `words` consecutive 32-bit words: one float32, or two bfloat16. Rows come in two sub-tiles, each with
 // a start of its own and one common distance between rows: two rows of a 7-pixel-wide image make one 14-row tile.
+// Where a tap is a kernel row of kRowTaps (`gemm_f32_row`), its pixels are `lda` apart, and its weights follow each
+// other.
 struct GemmArgs {
   const char* a[2];
   ptrdiff_t lda;  // bytes between rows of a sub-tile
   const Tap* taps;
   int tap_count;
-  int words;  // per tap
+  int words;  // per tap, or per pixel of a kernel row
   const char* b;
   float* c;
   const char* b2;  // the next panel and its results: wide tiles only
@@ -132,6 +135,8 @@ struct Kernels {
   // By height of the sub-tile; null where there is none of that height.
   GemmFn gemm_f32[kMaxSubTile + 1];
   GemmFn gemm_f32_narrow[kMaxSubTile + 1];
+  GemmFn gemm_f32_row[kMaxSubTile + 1];  // a tap being a kernel row, pixels one step apart
+  GemmFn gemm_f32_narrow_row[kMaxSubTile + 1];
   int wide_sub;  // height of a sub-tile of the wide tile, two panels at once; 0: none
   GemmFn gemm_f32_wide;
   int bf16_sub, bf16_narrow_sub;  // heights of a sub-tile for bfloat16; 0: no such instruction, compute in float32
