@@ -33,6 +33,7 @@ constexpr int kSegment = 128, kFineSegment = 64;
 constexpr int64_t kAheadBytes = 512 * 1024;    // of x, prefetched into L2 at most
 constexpr int64_t kAheadWeights = 128 * 1024;  // of the next layer's
 constexpr int64_t kGroupBytes = 512 * 1024;    // of A, gathered at once
+constexpr int64_t kKeptPixels = 512 * 1024;    // bytes between two blocks that stay in L2 beside weights
 
 template <class T>
 T round_up(T v, T unit) {
@@ -127,6 +128,7 @@ struct Chain {
   int pool_capacity = 0;
   int ahead_layer = 0;          // the one whose products hide the prefetch of x: the longest
   const Chain* next = nullptr;  // run after this one
+  bool kept = false;            // the same thread reads the output next, from L2
 
   Chain(const Kernels& k, const Block& b) : kernels(k), block(b), plan{}, count(b.layer_count) {
     const int64_t element = element_size(b.dtype), k_out = b.layers[count - 1].shape.k;
@@ -245,6 +247,9 @@ struct Chain {
   }
   int64_t pool_bytes() const { return int64_t{plan.images} * pool_capacity * final_w * pool_pitch; }
 
+  // Bytes of x that a unit of whole images reads.
+  int64_t group_bytes() const { return int64_t{plan.images} * block.h * block.w * x_pixel; }
+
   // Bytes of all weights.
   int64_t weights() const {
     int64_t sum = block.has_projection ? projection.pack.bytes : 0;
@@ -359,8 +364,8 @@ class Unit {
   int lo_[4] = {}, hi_[4] = {};  // rows of each level in use, before clipping; [count]: of the last layer's output
   int have_[4] = {};             // rows of the level below this were computed by earlier steps
   struct Vectors {
-    const float* scale;
-    const float* shift;
+    const float* scale = nullptr;
+    const float* shift = nullptr;
   } vectors_[4], input_;  // input_: of the prologue
 
   template <class F>
@@ -505,8 +510,9 @@ class Unit {
       for (int r = have_[0]; r < hi_[0]; ++r) {
         char* d = level_row(0, i, r) + s.pad_w * st.pitch;
         const char* src = x_ + (int64_t{i} * st.in_h + r) * st.in_w * chain_.x_pixel;
-        if (st.merged && dense && !block_.in_scale)
-          copy_channels(src, d, st.pack.bf16, int64_t{s.c} * st.in_w, 0);
+        if (st.merged && dense && !block_.in_scale)  // one long pixel
+          kernels_.prologue({src, 0, nullptr, 1, 0, s.c * st.in_w, nullptr, nullptr, d, 0, 0,
+                             block_.dtype == DType::kBf16, st.pack.bf16});
         else
           copy_pixels(src, nullptr, st.in_w, d, st.pitch, st.pack.bf16,
                       st.merged ? 0 : std::max<int64_t>(0, st.pitch - kLine));
@@ -517,24 +523,9 @@ class Unit {
   // the channels up to `bytes`. `pixels`: indices from `src`; null: 0, 1, 2, ...
   void copy_pixels(const char* src, const int32_t* pixels, int count, char* d, int64_t pitch, bool to_bf16,
                    int64_t bytes) const {
-    const int channels = block_.layers[0].shape.c;
-    if (!block_.in_scale) {
-      for (int i = 0; i < count; ++i)
-        copy_channels(src + (pixels ? pixels[i] : i) * chain_.x_pixel, d + i * pitch, to_bf16, channels, bytes);
-      return;
-    }
-    kernels_.prologue({src, chain_.x_pixel, pixels, count, block_.average ? block_.w * chain_.x_pixel : 0, channels,
-                       input_.scale, input_.shift, d, pitch, bytes, block_.dtype == DType::kBf16, to_bf16});
-  }
-
-  // `channels` elements, then zeros up to `bytes`.
-  void copy_channels(const char* src, char* d, bool to_bf16, int64_t channels, int64_t bytes) const {
-    int64_t written = channels * (to_bf16 ? 2 : 4);
-    if (block_.dtype == DType::kBf16 && !to_bf16)
-      kernels_.bf16_to_f32(reinterpret_cast<const uint16_t*>(src), reinterpret_cast<float*>(d), channels);
-    else
-      std::memcpy(d, src, static_cast<size_t>(written));
-    if (written < bytes) std::memset(d + written, 0, static_cast<size_t>(bytes - written));
+    kernels_.prologue({src, chain_.x_pixel, pixels, count, block_.average ? block_.w * chain_.x_pixel : 0,
+                       block_.layers[0].shape.c, input_.scale, input_.shift, d, pitch, bytes,
+                       block_.dtype == DType::kBf16, to_bf16});
   }
 
   // ---- one layer -------------------------------------------------------------------------------------------------
@@ -570,7 +561,7 @@ class Unit {
     // Past the caches: a plain store would first read the line, and push out what the next step needs. 2-17% faster on
     // every block of ResNet-50, at batch 1 and 16.
     const int64_t group = st.layer->shape.k / st.layer->shape.groups * element;  // where the next one starts
-    const bool stream = !block_.reread && pitch % kLine == 0 && group % kLine == 0 &&
+    const bool stream = !block_.reread && !chain_.kept && pitch % kLine == 0 && group % kLine == 0 &&
                         st.pack.panel * element % kLine == 0 && reinterpret_cast<uintptr_t>(block_.out) % kLine == 0;
     return {out_, pitch, block_.dtype == DType::kBf16, stream, st.out_w, int64_t{st.out_h} * st.out_w, 0, 0, false};
   }
@@ -1151,13 +1142,14 @@ void check_pack(const Kernels& kernels, const Block& b, const Layer& layer, cons
 // waits for are being computed by threads that run, however few there are.
 class Region {
  public:
-  Region(const Chain* first, const Chain* last) {
+  Region(Chain* first, Chain* last) {
     int64_t weights = 0;
-    for (const Chain* c = first; c < last; weights += c->weights(), ++c) {
+    for (Chain* c = first; c < last; weights += c->weights(), ++c) {
       const bool kept = c > first && c->plan.bands == 1 && parts_.back().bands == 1 && same_groups(c[-1], *c) &&
                         weights + c->weights() <= kKeptWeights;
       if (kept) {
         parts_.back().end = c + 1;
+        c[-1].kept = c->group_bytes() <= kKeptPixels;
         continue;
       }
       weights = 0;

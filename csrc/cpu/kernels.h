@@ -70,7 +70,7 @@ struct EpilogueArgs {
 };
 
 // out[i] = relu(x[pixels[i]] * scale + shift), rounded to x's type, for every row i; or the average of that over 2x2
-// pixels.
+// pixels; or x as it is.
 struct PrologueArgs {
   const char* x;
   ptrdiff_t pitch;        // bytes between pixels of x
@@ -78,7 +78,7 @@ struct PrologueArgs {
   int rows;
   ptrdiff_t below;  // bytes to the pixel below, where 2x2 are averaged; else 0
   int channels;
-  const float* scale;  // [channels], padded to whole panels
+  const float* scale;  // [channels], padded to whole panels; null: neither scale nor ReLU nor average
   const float* shift;
   char* out;
   ptrdiff_t out_pitch;
@@ -155,7 +155,6 @@ struct Kernels {
   void (*max_rows)(const float* const* rows, int count, int channels, char* out, bool bf16_out);
   void (*mean)(const MeanArgs&);
   void (*linear)(const LinearArgs&);
-  void (*bf16_to_f32)(const uint16_t* src, float* dst, int64_t count);
 };
 
 const Kernels& kernels_portable();
