@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 import torch
 
+from resnet_fused import replay
 from resnet_fused.kernels import native
 
 # The same examples on every run, and no limit on the time of one: the first call of a shape is slower than the next.
@@ -64,3 +65,16 @@ def isa(request):
     native.bindings.set_isa(request.param)
     yield request.param
     native.bindings.set_isa(previous)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """How many pieces each replay ran, in order."""
+    lengths, run = [], replay.Recording.run
+
+    def counted(self, x):
+        lengths.append(len(self.handles))
+        return run(self, x)
+
+    monkeypatch.setattr(replay.Recording, "run", counted)
+    return lengths

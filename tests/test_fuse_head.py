@@ -15,7 +15,6 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import resnet_fused as rf
-from resnet_fused import replay
 from resnet_fused.errors import InputError
 from resnet_fused.fusion import unfused
 from resnet_fused.kernels import native
@@ -316,19 +315,6 @@ def test_compile_export_and_feature_extraction():
 
 
 # --- recordings -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def replays(monkeypatch):
-    """How many pieces each replay ran, in order."""
-    lengths, run = [], replay.Recording.run
-
-    def counted(self, x):
-        lengths.append(len(self.handles))
-        return run(self, x)
-
-    monkeypatch.setattr(replay.Recording, "run", counted)
-    return lengths
 
 
 def set_data(parameter):

@@ -70,19 +70,6 @@ def fast(net):
     return fast
 
 
-@pytest.fixture
-def replays(monkeypatch):
-    """How many pieces each replay ran, in order."""
-    lengths, run = [], replay.Recording.run
-
-    def counted(self, x):
-        lengths.append(len(self.handles))
-        return run(self, x)
-
-    monkeypatch.setattr(replay.Recording, "run", counted)
-    return lengths
-
-
 def one_by_one(model, x):
     with OneByOne() as mode:
         y = model(x)

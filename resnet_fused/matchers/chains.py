@@ -78,6 +78,11 @@ def sequential_runs(sequential: nn.Sequential) -> Iterator[tuple[int, list[nn.Mo
             yield i, children[i : i + 4], places[i : i + 4]
 
 
+def _calls(owner: nn.Module, graph: fx.Graph) -> Counter[nn.Module]:
+    """How often a forward calls each module."""
+    return Counter(owner.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module")
+
+
 def traced_runs(owner: nn.Module, model: Model) -> Iterator[tuple[list[nn.Module], list[Place]]]:
     """Each convolution followed by a BatchNorm in `owner`'s forward, with what follows, and their places.
 
@@ -85,7 +90,7 @@ def traced_runs(owner: nn.Module, model: Model) -> Iterator[tuple[list[nn.Module
         Refused: torch.fx cannot trace the forward.
     """
     graph = trace(owner, model)
-    calls = Counter(owner.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module")
+    calls = _calls(owner, graph)
 
     for node in graph.nodes:
         run: list[fx.Node] = []
@@ -115,7 +120,7 @@ def traced_modules(owner: nn.Module, model: Model) -> Iterator[list[tuple[nn.Mod
         Refused: torch.fx cannot trace the forward.
     """
     graph = trace(owner, model)
-    calls = Counter(owner.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module")
+    calls = _calls(owner, graph)
 
     def alone(node: fx.Node) -> bool:
         return node.op == "call_module" and calls[owner.get_submodule(str(node.target))] == 1
