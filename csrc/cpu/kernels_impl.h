@@ -540,10 +540,9 @@ void prologue_typed(const PrologueArgs& p) {
 }
 
 // x as it is. Of the same type not through float32: a NaN keeps its bits.
-template <int kElement>
 void copy_rows(const PrologueArgs& p) {
   constexpr ptrdiff_t kChunk = 64;
-  const ptrdiff_t written = ptrdiff_t{p.channels} * kElement;
+  const ptrdiff_t written = ptrdiff_t{p.channels} * (p.bf16_in ? 2 : 4);
   for (int i = 0; i < p.rows; ++i) {
     const char* const x = p.x + (p.pixels ? p.pixels[i] : i) * p.pitch;
     char* const out = p.out + i * p.out_pitch;
@@ -570,10 +569,8 @@ void widen_rows(const PrologueArgs& p) {
 void prologue(const PrologueArgs& p) {
   if (p.scale)
     p.below ? prologue_typed<true>(p) : prologue_typed<false>(p);
-  else if (p.bf16_in)
-    p.bf16_out ? copy_rows<2>(p) : widen_rows(p);
   else
-    copy_rows<4>(p);
+    p.bf16_in == p.bf16_out ? copy_rows(p) : widen_rows(p);
 }
 
 // ---- Winograd --------------------------------------------------------------------------------------------------
