@@ -137,12 +137,13 @@ std::vector<std::string> isas() {
 
 std::vector<Row> kernel_table() {
   std::vector<Row> rows;
-  const auto add = [&](const Kernels& k, const char* kernel, const char* dtype, int64_t tile_rows, int64_t columns,
-                       int64_t depth) {
+  const auto add = [&](const Kernels& k, const char* kernel, const char* dtype, const cpu::Tiles& tiles,
+                       int64_t columns, int64_t depth) {
+    if (!tiles.tallest) return;
     rows.push_back({{"isa", std::string(k.name)},
                     {"kernel", std::string(kernel)},
                     {"dtype", std::string(dtype)},
-                    {"tile_rows", tile_rows},
+                    {"tile_rows", int64_t{2} * tiles.tallest},
                     {"tile_columns", columns},
                     {"tile_depth", depth},
                     {"selected", &k == &kernels()}});
@@ -151,14 +152,16 @@ std::vector<Row> kernel_table() {
     if (!isa_runs(static_cast<Isa>(i))) continue;
     const Kernels& k = kernels_of(static_cast<Isa>(i));
     for (const char* kernel : {"direct", "winograd2", "winograd4"}) {
-      add(k, kernel, "float32", 2 * tallest_sub(k.gemm_f32), k.panel, 1);
-      add(k, kernel, "float32", 2 * tallest_sub(k.gemm_f32_narrow), k.narrow, 1);
+      add(k, kernel, "float32", k.f32, k.panel, 1);
+      add(k, kernel, "float32", k.f32_narrow, k.narrow, 1);
     }
-    if (const int sub = tallest_sub(k.gemm_f32_row)) add(k, "direct", "float32", 2 * sub, k.panel, kRowTaps);
-    if (const int sub = tallest_sub(k.gemm_f32_narrow_row)) add(k, "direct", "float32", 2 * sub, k.narrow, kRowTaps);
-    if (!k.bf16_sub) continue;
-    add(k, "direct", "bfloat16", 2 * k.bf16_sub, k.panel, 2 * k.bf16_word_multiple);
-    add(k, "direct", "bfloat16", 2 * k.bf16_narrow_sub, k.narrow, 2 * k.bf16_narrow_multiple);
+    add(k, "direct", "float32", k.f32_row, k.panel, kRowTaps);
+    add(k, "direct", "float32", k.f32_narrow_row, k.narrow, kRowTaps);
+    for (const char* kernel : {"direct", "winograd2"}) {
+      if (kernel[0] == 'w' && !k.winograd_in_bf16) continue;
+      add(k, kernel, "bfloat16", k.bf16, k.panel, 2 * k.bf16_word_multiple);
+      add(k, kernel, "bfloat16", k.bf16_narrow, k.narrow, 2 * k.bf16_narrow_multiple);
+    }
   }
   return rows;
 }

@@ -158,6 +158,9 @@ def test_transformers_saves_and_loads(tmp_path):
     model = prepared(thirdparty.transformers_resnet())
     fast, x = rf.fuse(model), images(1, 64)
     fast.save_pretrained(tmp_path)
-    with torch.no_grad():
-        again = type(model).from_pretrained(tmp_path).eval()
-        assert torch.equal(again(x).logits, model(x).logits)
+    again = type(model).from_pretrained(tmp_path).eval()
+    saved, loaded = model.state_dict(), again.state_dict()
+    assert list(saved) == list(loaded)
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    with torch.no_grad():  # not bit for bit: oneDNN may take another kernel for memory that is aligned otherwise
+        assert torch.allclose(again(x).logits, model(x).logits, rtol=1e-5, atol=1e-6)

@@ -6,7 +6,7 @@ from support import EXAMPLES, bottleneck_case, conv_case
 
 from resnet_fused import plan, settings
 from resnet_fused.errors import BackendError
-from resnet_fused.kernels import native
+from resnet_fused.kernels import cpu, native
 from resnet_fused.shapes import BasicBlock, Bottleneck, Conv, Stem
 
 CPU = torch.device("cpu")
@@ -55,6 +55,16 @@ def test_accuracy_decides_about_winograd():
     assert names(torch.float32, "strict") == {"cpu direct", "cpu winograd2", "cpu layers"}
     assert names(torch.float32, "fast") == {"cpu direct", "cpu winograd2", "cpu winograd4", "cpu layers"}
     assert names(torch.bfloat16, "strict") == names(torch.float32, "fast")
+
+
+@needs_native
+def test_layers_alone_do_not_round_what_they_transform(isa):
+    """A block rounds its output, and unfused each layer's, as well."""
+    strict = plan.algorithms(SHAPES["layer"], torch.bfloat16, "strict")
+    assert set(cpu.ALGORITHMS) - set(strict) == ({"winograd2"} if isa == "avx512_bf16" else set())
+    assert plan.algorithms(SHAPES["layer"], torch.bfloat16, "fast") == cpu.ALGORITHMS
+    for name in ("bottleneck", "basic block"):
+        assert plan.algorithms(SHAPES[name], torch.bfloat16, "strict") == cpu.ALGORITHMS
 
 
 @needs_native

@@ -45,13 +45,6 @@ struct Parallel {
 
 constexpr int64_t kKeptWeights = 1 << 20;  // bytes of weights that stay in L2 beside pixels
 
-// Rows of the tallest sub-tile of a table of gemm_f32's kind; 0 where it is empty.
-inline int tallest_sub(const GemmFn (&gemm)[kMaxSubTile + 1]) {
-  int sub = kMaxSubTile;
-  while (sub > 0 && !gemm[sub]) --sub;
-  return sub;
-}
-
 // ---- packed weights (pack.cpp) -----------------------------------------------------------------------------------
 // [group][panel of output channels][tap or frequency][word of input channels][panel], after a header of 64 bytes.
 constexpr uint32_t kPackMagic = 0x52464b31;

@@ -29,6 +29,7 @@ constexpr int64_t kPanelLimit = 200 * 1024;  // larger panels are taken one tap 
 // err less for 1% of the time, but a 1x1 over 256 channels alone still 2.8 times; of 128, 1.8 times. F(2x2, 3x3) at
 // accuracy="strict" needs 64 (4%) to stay within 1.9 times on every block of ResNet-18, 34 and 50, images of 33 to 224
 // pixels; 128 gave 2.9. So does a transition (3.5 times with 256, 3.0 with 128): unfused, its errors are averaged too.
+// bfloat16 rounds its outputs 10^4 times as coarsely as float32 adds up: one chain.
 constexpr int kSegment = 128, kFineSegment = 64;
 constexpr int64_t kAheadBytes = 512 * 1024;    // of x, prefetched into L2 at most
 constexpr int64_t kAheadWeights = 128 * 1024;  // of the next layer's
@@ -176,7 +177,7 @@ struct Chain {
       const int64_t channels = int64_t{s.c} * element_size(block.dtype);
       // In place needs x's own values and type, whole words, a full sub-tile in x, and rows that do not all fall into
       // the same sets of L1 (4 KiB apart), but for the six of the wide tile: 2-4% of stages 3 and 4.
-      const int sub = tallest(st.pack);
+      const int sub = tiles_of(st.pack).tallest;
       const bool six_rows = !st.pack.bf16 && kernels.wide_sub && wide_tile_cost() < 1 && s.stride_w == 1;
       st.gather = block.in_scale || st.pack.bf16 != (block.dtype == DType::kBf16) ||
                   int64_t{st.pack.words} * 4 != channels || (int64_t{block.n} * h * w - 1) / s.stride_w + 1 < sub ||
@@ -197,16 +198,16 @@ struct Chain {
             : round_up(std::max<int64_t>(int64_t{st.pack.flat ? 0 : st.pack.words} * 4, channels * element), kLine) +
                   kLine;
     st.by_row = !st.m && !st.pack.bf16 && s.s == kRowTaps && s.stride_w == 1 && s.dil_w == 1 &&
-                tallest_sub(st.pack.panel == kernels.narrow ? kernels.gemm_f32_narrow_row : kernels.gemm_f32_row);
+                (st.pack.panel == kernels.narrow ? kernels.f32_narrow_row : kernels.f32_row).tallest;
     st.cleared = before && !st.pack.flat && channels * element < int64_t{st.pack.words} * 4;
     return st;
   }
 
-  // Rows of the tallest sub-tile.
-  int tallest(const PackShape& pack) const {
+  // One tap at a time.
+  const Tiles& tiles_of(const PackShape& pack) const {
     const bool narrow = pack.panel == kernels.narrow;
-    if (pack.bf16) return narrow ? kernels.bf16_narrow_sub : kernels.bf16_sub;
-    return tallest_sub(narrow ? kernels.gemm_f32_narrow : kernels.gemm_f32);
+    if (pack.bf16) return narrow ? kernels.bf16_narrow : kernels.bf16;
+    return narrow ? kernels.f32_narrow : kernels.f32;
   }
 
   // Rows of a stage's input that `rows` rows of its output read.
@@ -234,7 +235,8 @@ struct Chain {
       // slack: tiles at the end of a level read, and drop, a few pixels more
       if (!st.in_place)
         st.level_bytes =
-            (int64_t{plan.images} * rows * st.columns + 2 * tallest(st.pack) * st.layer->shape.stride_w) * st.pitch +
+            (int64_t{plan.images} * rows * st.columns + 2 * tiles_of(st.pack).tallest * st.layer->shape.stride_w) *
+                st.pitch +
             4096;
       plan.workspace_bytes += st.level_bytes;
       rows = std::min(rows, st.in_h);
@@ -260,17 +262,19 @@ struct Chain {
   int64_t winograd_tiles(const Stage& st, int rows) const {
     return int64_t{plan.images} * ceil_div(rows, st.m) * ceil_div(st.out_w, st.m);
   }
-  int64_t winograd_pitch(const Stage& st) const { return round_up(st.layer->shape.c, kernels.narrow) + 16; }
+  int64_t winograd_pitch(const Stage& st) const {  // bytes between transformed tiles
+    return round_up(st.layer->shape.c, kernels.narrow) * int64_t{st.pack.bf16 ? 2 : 4} + kLine;
+  }
   // Small: all frequencies of one panel (or of a wide tile's two) at a time. Large: all panels of one frequency at a
   // time, whose transformed tiles stay in L2.
   bool winograd_by_panel(const Stage& st, int64_t padded_tiles) const {
-    return st.pack.taps * padded_tiles * winograd_pitch(st) * 4 <= (int64_t{1} << 20);
+    return st.pack.taps * padded_tiles * winograd_pitch(st) <= (int64_t{1} << 20);
   }
   int64_t winograd_bytes(const Stage& st, int rows) const {
     if (!st.m) return 0;
-    const int64_t tiles = winograd_tiles(st, rows) + 2 * tallest(st.pack);
+    const int64_t tiles = winograd_tiles(st, rows) + 2 * tiles_of(st.pack).tallest;
     const int kept = winograd_by_panel(st, tiles) ? 2 : st.pack.panels;
-    return st.pack.taps * tiles * (winograd_pitch(st) + kept * st.pack.panel) * 4;
+    return st.pack.taps * tiles * (winograd_pitch(st) + kept * st.pack.panel * 4);
   }
   // Tiles gathered at once: the weights pass by once for each such group.
   static int64_t group_tiles(const Stage& st, int sub) {
@@ -357,7 +361,7 @@ class Unit {
   const char* residual_;
   char* level_[3] = {};
   float* pool_ = nullptr;
-  float* transformed_ = nullptr;
+  char* transformed_ = nullptr;
   char* projected_ = nullptr;    // the projected rows of a step
   Range ahead_;                  // what the next step reads of x and is not yet prefetched
   bool first_step_ = true;       // of the unit: the weights come from far away
@@ -639,29 +643,26 @@ class Unit {
   struct Tile {
     int sub, panels;
     GemmFn gemm;
+    bool to_memory;  // no epilogue of its own
   };
   // The one with the least time for what it computes, waste at the edges included; the tallest where equal.
   // `rows_computed`: rows that sub-tiles of a given height compute, in pairs.
   template <class F>
   Tile choose_tile(const Stage& st, int panel_count, F rows_computed) const {
     const bool narrow = st.pack.panel == kernels_.narrow;
-    if (st.pack.bf16)
-      return narrow ? Tile{kernels_.bf16_narrow_sub, 1, kernels_.gemm_bf16_narrow}
-                    : Tile{kernels_.bf16_sub, 1, kernels_.gemm_bf16};
-    const auto& gemm = narrow ? (st.by_row ? kernels_.gemm_f32_narrow_row : kernels_.gemm_f32_narrow)
-                              : (st.by_row ? kernels_.gemm_f32_row : kernels_.gemm_f32);
+    const Tiles& tiles = !st.by_row ? chain_.tiles_of(st.pack) : narrow ? kernels_.f32_narrow_row : kernels_.f32_row;
     Tile best{};
     double least = 0;
-    for (int sub = kMaxSubTile; sub > 0; --sub) {
-      if (!gemm[sub]) continue;
+    for (int sub = tiles.tallest; sub > 0; --sub) {
+      if (!tiles.of_height[sub]) continue;
       const auto rows = static_cast<double>(rows_computed(sub));
       if (best.sub && rows >= least) continue;
       least = rows;
-      best = {sub, 1, gemm[sub]};
+      best = {sub, 1, tiles.of_height[sub], tiles.to_memory};
     }
-    if (kernels_.wide_sub && !narrow && !st.by_row && panel_count % 2 == 0 && st.layer->shape.groups == 1 &&
-        static_cast<double>(rows_computed(kernels_.wide_sub)) * wide_tile_cost() < least)
-      best = {kernels_.wide_sub, 2, kernels_.gemm_f32_wide};
+    if (kernels_.wide_sub && !st.pack.bf16 && !narrow && !st.by_row && panel_count % 2 == 0 &&
+        st.layer->shape.groups == 1 && static_cast<double>(rows_computed(kernels_.wide_sub)) * wide_tile_cost() < least)
+      best = {kernels_.wide_sub, 2, kernels_.gemm_f32_wide, false};
     return best;
   }
 
@@ -729,20 +730,19 @@ class Unit {
       direct(l, st, out, shortcut, from, to, panel_begin, panel_end);
   }
 
-  EpilogueArgs epilogue_args(int l, const Stage& st, const Output& out, const Shortcut& shortcut, int panel) const {
+  Epilogue epilogue(int l, const Stage& st, const Output& out, const Shortcut& shortcut, int panel) const {
     const ConvShape& s = st.layer->shape;
     const int k = s.k / s.groups, group = panel / st.pack.panels, column = panel % st.pack.panels * st.pack.panel;
     const int64_t offset = (int64_t{group} * k + column) * (out.bf16 ? 2 : 4);
-    EpilogueArgs e{};
-    e.panel = st.pack.panel;
-    e.columns = out.scratch ? e.panel : std::min(e.panel, k - column);
-    e.scale = vectors_[l].scale + panel * e.panel;
-    e.shift = vectors_[l].shift + panel * e.panel;
+    Epilogue e{};
+    e.columns = out.scratch ? st.pack.panel : std::min(st.pack.panel, k - column);
+    e.scale = vectors_[l].scale + panel * st.pack.panel;
+    e.shift = vectors_[l].shift + panel * st.pack.panel;
     e.relu = st.layer->relu;
     e.out = out.base + offset;
     e.out_pitch = out.pitch;
     e.bf16 = out.bf16;
-    e.stream = out.stream && e.columns == e.panel;
+    e.stream = out.stream && e.columns == st.pack.panel;
     e.residual = shortcut.base ? shortcut.base + offset : nullptr;
     e.residual_pitch = shortcut.pitch;
     return e;
@@ -767,7 +767,9 @@ class Unit {
     const int rows = st.pack.flat ? 1 : s.r, per_row = st.merged || st.by_row || st.pack.flat ? 1 : s.s;
     const int tap_words = st.pack.words * (st.pack.flat ? 1 : s.s / per_row);
     const int words = st.by_row ? st.pack.words : tap_words;  // that the kernel is told
-    const int segment = block_.average ? kFineSegment : kSegment,
+    const int segment = st.pack.bf16     ? INT_MAX
+                        : block_.average ? kFineSegment
+                                         : kSegment,
               per_chain = static_cast<int>(ceil_div(segment, tap_words));
     taps.clear();
     for (int r = 0; r < rows; ++r)
@@ -796,7 +798,8 @@ class Unit {
                                                                  static_cast<int64_t>(taps.size()) * tap_steps);
     const int64_t split_bytes = int64_t{split_taps} * tap_words * panel * 4;
 
-    // The epilogue of a tile follows the products of the next one, whose latency it hides (AMX).
+    // Sums go to their pixels from the registers, but for those of AMX and of a panel that is not full. Their epilogue
+    // follows the products of the next tile, whose latency it hides (AMX).
     struct {
       EpilogueArgs args[2];  // of each panel
       int32_t dst[kMaxTileRows];
@@ -818,10 +821,11 @@ class Unit {
           tiles[i].y = INT_MIN;
         }
       for (int n = panel_begin; n < panel_end; n += tile.panels) {
-        EpilogueArgs e[2];
+        Epilogue e[2];
+        bool from_memory = tile.to_memory;
         for (int p = 0; p < tile.panels; ++p) {
-          e[p] = epilogue_args(l, st, out, shortcut, n + p);
-          e[p].rows = 2 * sub;
+          e[p] = epilogue(l, st, out, shortcut, n + p);
+          from_memory = from_memory || e[p].columns < panel;
         }
         const int64_t group_offset = int64_t{n / st.pack.panels} * (s.c / s.groups) * 4;  // groups are float32
         GemmArgs args{};
@@ -851,6 +855,10 @@ class Unit {
             args.c = c + (splits > 1 ? t - g : pending ^ 1) * tile_floats;
             args.c2 = args.c + panel_floats;
             args.accumulate = split > 0;
+            const bool sums = split == splits - 1;  // whole ones
+            args.epilogue = sums && !from_memory ? e : nullptr;
+            args.dst[0] = t0.dst;
+            args.dst[1] = t1.dst;
             if (!(inside(st, t0) && inside(st, t1))) {  // rows of taps that are all padding are skipped
               some.clear();
               for (int i = 0; i < split_taps; ++i) {
@@ -861,18 +869,15 @@ class Unit {
               args.tap_count = static_cast<int>(some.size());
             }
             ahead.multiply(tile.gemm, args);
-            if (split < splits - 1) continue;
+            if (!sums || !from_memory) continue;
             finish();
             waiting = true;
             pending ^= 1;
             auto& next = epilogues[pending];
             std::copy_n(t0.dst, sub, next.dst);
             std::copy_n(t1.dst, sub, next.dst + sub);
-            for (int p = 0; p < tile.panels; ++p) {
-              next.args[p] = e[p];
-              next.args[p].c = args.c + p * panel_floats;
-              next.args[p].dst = next.dst;
-            }
+            for (int p = 0; p < tile.panels; ++p)
+              next.args[p] = {e[p], args.c + p * panel_floats, panel, 2 * sub, next.dst};
           }
         }
         if (splits > 1) finish();  // the next panel's partial sums take its place
@@ -913,15 +918,15 @@ class Unit {
   struct Grid {
     int high, wide;
     int64_t tiles, padded;  // padded: register tiles at the end read, and write, a few more
-    int64_t pitch;          // floats between tiles
-    int64_t frequency;      // floats between frequencies
+    int64_t pitch;          // bytes between tiles
+    int64_t frequency;      // bytes between frequencies
   };
   Grid grid(const Stage& st, int rows) const {
     Grid g;
     g.high = static_cast<int>(ceil_div(rows, st.m));
     g.wide = static_cast<int>(ceil_div(st.out_w, st.m));
     g.tiles = int64_t{images_} * g.high * g.wide;
-    g.padded = g.tiles + 2 * chain_.tallest(st.pack);
+    g.padded = g.tiles + 2 * chain_.tiles_of(st.pack).tallest;
     g.pitch = chain_.winograd_pitch(st);
     g.frequency = g.padded * g.pitch;
     return g;
@@ -929,8 +934,8 @@ class Unit {
 
   void allocate_transformed(int l) {
     const Stage& st = chain_.stages[l];
-    const int64_t floats = st.pack.taps * grid(st, std::max(0, hi_[l + 1] - have_[l + 1])).frequency;
-    transformed_ = static_cast<float*>(workspace(Slot::kTransformed, static_cast<size_t>(floats) * 4));
+    const int64_t bytes = st.pack.taps * grid(st, std::max(0, hi_[l + 1] - have_[l + 1])).frequency;
+    transformed_ = static_cast<char*>(workspace(Slot::kTransformed, static_cast<size_t>(bytes)));
   }
 
   void winograd_transform(int l, int block_begin, int block_end) {
@@ -938,20 +943,20 @@ class Unit {
     const int from = have_[l + 1], to = hi_[l + 1];
     if (from >= to) return;
     const Grid g = grid(st, to - from);
-    const int channel = block_begin * kernels_.narrow;
+    const int64_t channel = int64_t{block_begin} * kernels_.narrow * (st.pack.bf16 ? 2 : 4);  // in bytes
+    const auto transform = st.pack.bf16 ? kernels_.winograd_in_bf16 : kernels_.winograd_in[st.m == 4];
     WinogradIn w{};
-    w.row = st.columns * st.pitch / 4;
-    w.pixel = st.pitch / 4;
+    w.row = st.columns * st.pitch;
+    w.pixel = st.pitch;
     w.frequency = g.frequency;
     w.channels = (block_end - block_begin) * kernels_.narrow;
     int64_t t = 0;
     for (int image = 0; image < images_; ++image)
       for (int y = 0; y < g.high; ++y)
         for (int x = 0; x < g.wide; ++x, ++t) {
-          w.src = reinterpret_cast<const float*>(level_row(l, image, from - st.layer->shape.pad_h + y * st.m)) +
-                  int64_t{x} * st.m * w.pixel + channel;
+          w.src = level_row(l, image, from - st.layer->shape.pad_h + y * st.m) + int64_t{x} * st.m * w.pixel + channel;
           w.dst = transformed_ + t * g.pitch + channel;
-          kernels_.winograd_in[st.m == 4](w);
+          transform(w);
         }
   }
 
@@ -969,7 +974,9 @@ class Unit {
     const int64_t panel_products = frequencies * product;
     auto* products = static_cast<float*>(workspace(Slot::kProducts, static_cast<size_t>(kept * panel_products) * 4));
     auto* c = static_cast<float*>(workspace(Slot::kTiles, static_cast<size_t>(pixels * panel) * 4));
-    const int64_t steps = ceil_div(g.tiles, 2 * tile.sub) * (st.pack.words / kernels_.f32_step);  // of one frequency
+    const int64_t steps =
+        ceil_div(g.tiles, 2 * tile.sub) *
+        (st.pack.words / (st.pack.bf16 ? kernels_.bf16_step : kernels_.f32_step));  // of one frequency
     Ahead ahead(l == chain_.ahead_layer ? &ahead_ : nullptr,
                 frequencies * ((panel_end - panel_begin) / tile.panels) * steps);
     const int64_t frequency_bytes = int64_t{st.pack.words} * panel * 4;
@@ -991,15 +998,15 @@ class Unit {
     };
     auto multiply = [&](int f, int n, float* first_product) {
       GemmArgs args{};
-      args.lda = g.pitch * 4;
-      args.segment = st.m == 2 ? kFineSegment : kSegment;
+      args.lda = g.pitch;
+      args.segment = st.pack.bf16 ? INT_MAX : st.m == 2 ? kFineSegment : kSegment;
       args.taps = &tap;
       args.tap_count = 1;
       args.words = st.pack.words;
       args.b = weights(st) + n * st.pack.panel_bytes + int64_t{f} * st.pack.words * panel * 4;
       args.b2 = args.b + st.pack.panel_bytes;
       for (int64_t t = 0; t < g.tiles; t += 2 * tile.sub) {
-        args.a[0] = reinterpret_cast<const char*>(transformed_ + f * g.frequency + t * g.pitch);
+        args.a[0] = transformed_ + f * g.frequency + t * g.pitch;
         args.a[1] = args.a[0] + tile.sub * args.lda;
         args.c = first_product + f * product + t * panel;
         args.c2 = args.c + panel_products;
@@ -1020,10 +1027,7 @@ class Unit {
         for (int f = 0; f < frequencies; ++f) multiply(f, n, products);
       }
       const float* const p = products + slot * panel_products;
-      EpilogueArgs e = epilogue_args(l, st, out, shortcut, n);
-      e.rows = pixels;
-      e.dst = dst;
-      e.c = c;
+      const EpilogueArgs e{epilogue(l, st, out, shortcut, n), c, panel, pixels, dst};
       WinogradOut w{p, product, c, panel};
       for (int image = 0; image < images_; ++image)
         for (int y = 0; y < g.high; ++y)

@@ -73,8 +73,8 @@ double layer_seconds(const Kernels& kernels, DType dtype, const Layer& layer, in
     const double tiles = static_cast<double>(n) * padded(out_h, m) / m * (padded(out_w, m) / m);
     const double products =
         2.0 * padded(static_cast<int64_t>(tiles), kWinogradRows) * (m + 2) * (m + 2) * s.c * columns;
-    const double moved = tiles * (m + 2) * (m + 2) * 4 * 2 * (s.c + columns);
-    return products / (rate(kernels.isa, false) * kWinogradEfficiency) + moved / kInCache;
+    const double moved = tiles * (m + 2) * (m + 2) * 2 * ((pack.bf16 ? 2 : 4) * s.c + 4 * columns);
+    return products / (rate(kernels.isa, pack.bf16) * kWinogradEfficiency) + moved / kInCache;
   }
   const double words = static_cast<double>(pack.words) * pack.taps * (pack.bf16 ? 2 : 1);
   const double pixels = static_cast<double>(n) * out_h * out_w;

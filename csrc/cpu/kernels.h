@@ -27,12 +27,32 @@ struct Tap {
   int chain;
 };
 
+// What becomes of a panel of sums: out[pixel] = relu?(sum * scale + shift + residual[pixel]).
+struct Epilogue {
+  int columns;         // valid ones of the panel; scratch outputs take the whole panel
+  const float* scale;  // [panel], padded with zeros
+  const float* shift;
+  const char* residual;      // addressed like out, or null; may be out itself
+  ptrdiff_t residual_pitch;  // bytes between pixels
+  char* out;
+  ptrdiff_t out_pitch;  // bytes between pixels
+  bool bf16;            // residual and out
+  bool relu;
+  bool stream;  // non-temporal stores: out is 64-byte aligned and takes whole cache lines
+};
+// The same of sums in memory: row i of c goes to pixel dst[i]; negative: is dropped.
+struct EpilogueArgs : Epilogue {
+  const float* c;  // [rows][panel]
+  int panel;
+  int rows;
+  const int32_t* dst;
+};
+
 // c[2 * rows][panel] (+)= sum over taps and k of a[row][tap.a + k] * b[tap.b + k][panel]. A panel is two vectors wide,
 // or one: layers of few output channels would waste the second.
 // A row of A is `words` consecutive 32-bit words: one float32, or two bfloat16. Rows come in two sub-tiles, each with
 // a start of its own and one common distance between rows: two rows of a 7-pixel-wide image make one 14-row tile.
-// Where a tap is a kernel row of kRowTaps (`gemm_f32_row`), its pixels are `lda` apart, and its weights follow each
-// other.
+// Where a tap is a kernel row of kRowTaps (`f32_row`), its pixels are `lda` apart, and its weights follow each other.
 struct GemmArgs {
   const char* a[2];
   ptrdiff_t lda;  // bytes between rows of a sub-tile
@@ -45,28 +65,21 @@ struct GemmArgs {
   float* c2;
   bool accumulate;
   int segment;  // words of a tap that are added up in one chain; the chains are added in memory (float32 only)
+  // Of each panel, whose columns are all valid: the sums go from the registers to pixels, not to c, which may still
+  // take those of chains. null: to c; always where the tiles say `to_memory`.
+  const Epilogue* epilogue;
+  const int32_t* dst[2];  // of each sub-tile: the pixels of its rows; negative: dropped
   // Into L2 meanwhile, `prefetch_lines` cache lines a step of products; moved on past those that were asked for.
   const char *prefetch, *prefetch_end;
   int prefetch_lines;
 };
 using GemmFn = void (*)(GemmArgs&);
 
-// out[dst[i]] = relu?(c[i] * scale + shift + residual[i]), for every row i with dst[i] >= 0.
-struct EpilogueArgs {
-  const float* c;  // [rows][panel]
-  int panel;
-  int rows;
-  int columns;         // valid ones of the panel; scratch outputs take the whole panel
-  const float* scale;  // [panel], padded with zeros
-  const float* shift;
-  const char* residual;      // addressed like out, or null; may be out itself
-  ptrdiff_t residual_pitch;  // bytes between pixels
-  char* out;
-  ptrdiff_t out_pitch;  // bytes between pixels
-  const int32_t* dst;   // pixel index of each row; negative: dropped
-  bool bf16;            // residual and out
-  bool relu;
-  bool stream;  // non-temporal stores: out is 64-byte aligned and takes whole cache lines
+// Register tiles of one kind, by height of the sub-tile; null where there is none of that height.
+struct Tiles {
+  GemmFn of_height[kMaxSubTile + 1];
+  int tallest;     // 0: there are none
+  bool to_memory;  // no epilogue
 };
 
 // out[i] = relu(x[pixels[i]] * scale + shift), rounded to x's type, for every row i; or the average of that over 2x2
@@ -88,10 +101,10 @@ struct PrologueArgs {
 
 // Winograd F(m x m, 3x3): a tile of (m+2)^2 pixels becomes (m+2)^2 frequencies, and frequencies become m^2 pixels.
 struct WinogradIn {
-  const float* src;      // the tile's first pixel, channel 0
-  ptrdiff_t row, pixel;  // in floats
-  float* dst;            // [frequency][...][channel]
-  ptrdiff_t frequency;   // in floats
+  const char* src;       // the tile's first pixel, channel 0
+  ptrdiff_t row, pixel;  // in bytes
+  char* dst;             // [frequency][...][channel], of src's type
+  ptrdiff_t frequency;   // in bytes
   int channels;          // a multiple of a vector
 };
 struct WinogradOut {
@@ -132,24 +145,21 @@ struct Kernels {
   const char* name;
   int panel;   // output channels of a tile: two vectors
   int narrow;  // ... of a narrow one: one vector
-  // By height of the sub-tile; null where there is none of that height.
-  GemmFn gemm_f32[kMaxSubTile + 1];
-  GemmFn gemm_f32_narrow[kMaxSubTile + 1];
-  GemmFn gemm_f32_row[kMaxSubTile + 1];  // a tap being a kernel row, pixels one step apart
-  GemmFn gemm_f32_narrow_row[kMaxSubTile + 1];
-  int wide_sub;  // height of a sub-tile of the wide tile, two panels at once; 0: none
+  Tiles f32, f32_narrow;
+  Tiles f32_row, f32_narrow_row;  // a tap being a kernel row, pixels one step apart
+  int wide_sub;                   // height of a sub-tile of the wide tile, two panels at once; 0: none
   GemmFn gemm_f32_wide;
-  int bf16_sub, bf16_narrow_sub;  // heights of a sub-tile for bfloat16; 0: no such instruction, compute in float32
-  int bf16_word_multiple;         // words per tap are padded to a multiple of this ...
-  int bf16_narrow_multiple;       // ... and for narrow panels
-  int f32_step, bf16_step;        // words of a tap that are one step
-  GemmFn gemm_bf16, gemm_bf16_narrow;
-  // Per thread, around runs of gemm_bf16 or of gemm_bf16_narrow (AMX tile configuration).
+  Tiles bf16, bf16_narrow;   // empty: no such instruction, compute in float32
+  int bf16_word_multiple;    // words per tap are padded to a multiple of this ...
+  int bf16_narrow_multiple;  // ... and for narrow panels
+  int f32_step, bf16_step;   // words of a tap that are one step
+  // Per thread, around runs of bf16 or of bf16_narrow tiles (AMX tile configuration).
   void (*begin)(bool is_narrow);
   void (*end)();
   void (*epilogue)(const EpilogueArgs&);
   void (*prologue)(const PrologueArgs&);
-  void (*winograd_in[2])(const WinogradIn&);  // F(2x2), F(4x4)
+  void (*winograd_in[2])(const WinogradIn&);    // F(2x2), F(4x4)
+  void (*winograd_in_bf16)(const WinogradIn&);  // F(2x2); null: products of bfloat16 are computed in float32
   void (*winograd_out[2])(const WinogradOut&);
   // max over `count` rows (each a pointer to `channels` floats); NaN wins, as in torch
   void (*max_rows)(const float* const* rows, int count, int channels, char* out, bool bf16_out);

@@ -7,6 +7,128 @@ namespace {
 
 using namespace resnet_fused::cpu;
 
+constexpr int kPanel = 2 * kLanes;  // output channels of a tile; of a narrow one: kLanes
+
+template <bool kValue>
+struct Whole {
+  static constexpr bool value = kValue;
+};
+
+// ---- vectors in memory -----------------------------------------------------------------------------------------
+// `count` elements as float32, zeros behind them; whole vectors where kWhole.
+template <bool kBf16, bool kWhole>
+RF_INLINE Vec load_part(const char* p, int count) {
+  constexpr int kElement = kBf16 ? 2 : 4;
+  char part[kLanes * kElement] = {};
+  if (!kWhole) p = static_cast<const char*>(std::memcpy(part, p, static_cast<size_t>(count) * kElement));
+  return kBf16 ? load_bf16(reinterpret_cast<const uint16_t*>(p)) : load(reinterpret_cast<const float*>(p));
+}
+template <bool kBf16, bool kWhole>
+RF_INLINE void store_part(char* p, Vec v, int count) {
+  constexpr int kElement = kBf16 ? 2 : 4;
+  char part[kLanes * kElement];
+  char* const d = kWhole ? p : part;
+  if (kBf16)
+    store_bf16(reinterpret_cast<uint16_t*>(d), v);
+  else
+    store(reinterpret_cast<float*>(d), v);
+  if (!kWhole) std::memcpy(p, part, static_cast<size_t>(count) * kElement);
+}
+
+// ---- epilogue --------------------------------------------------------------------------------------------------
+// One pixel. Where it is dropped it goes to a place of its own: if there are some in every row of an image, a branch is
+// mispredicted. `floor`: zero for ReLU, else minus infinity.
+template <bool kBf16, bool kStream, bool kResidual, int kVectors>
+RF_INLINE void write_pixel(const Epilogue& e, Vec floor, ptrdiff_t pixel, const Vec (&sum)[kVectors], char* dropped) {
+  constexpr int kVectorBytes = kLanes * (kBf16 ? 2 : 4);
+  if (kStream && pixel < 0) return;
+  const char* const r = pixel < 0 ? dropped : e.residual + pixel * e.residual_pitch;
+  char* const o = pixel < 0 ? dropped : e.out + pixel * e.out_pitch;
+  Vec v[kVectors];
+#pragma GCC unroll 2
+  for (int j = 0; j < kVectors; ++j) {
+    v[j] = fma(sum[j], load(e.scale + j * kLanes), load(e.shift + j * kLanes));
+    if (kResidual) v[j] += load_part<kBf16, true>(r + j * kVectorBytes, kLanes);
+    v[j] = at_least(floor, v[j]);
+  }
+  if (kStream && kBf16) {
+    stream_bf16_pair(reinterpret_cast<uint16_t*>(o), v[0], v[kVectors - 1]);
+    return;
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < kVectors; ++j) {
+    if (kStream)
+      stream(reinterpret_cast<float*>(o) + j * kLanes, v[j]);
+    else
+      store_part<kBf16, true>(o + j * kVectorBytes, v[j], kLanes);
+  }
+}
+RF_INLINE Vec floor_of(const Epilogue& e) { return splat(e.relu ? 0.0f : -__builtin_inff()); }
+
+// f(type, stream, residual), each a Whole<...>: what an epilogue of full panels is, known when it is compiled.
+template <int kVectors, class F>
+RF_INLINE void choose_epilogue(const Epilogue& e, F f) {
+  constexpr bool kStreamsBf16 = kVectors == 2;  // whole cache lines
+  auto of_type = [&](auto bf16) __attribute__((always_inline)) {
+    auto of_store = [&](auto stream) __attribute__((always_inline)) {
+      e.residual ? f(bf16, stream, Whole<true>{}) : f(bf16, stream, Whole<false>{});
+    };
+    if ((kStreamsBf16 || !decltype(bf16)::value) && e.stream)
+      of_store(Whole < kStreamsBf16 || !decltype(bf16)::value > {});
+    else
+      of_store(Whole<false>{});
+  };
+  e.bf16 ? of_type(Whole<true>{}) : of_type(Whole<false>{});
+}
+
+// The arguments by value: a store may alias what a reference refers to, which is then read again for every row.
+template <bool kBf16, bool kStream, bool kResidual, int kVectors>
+void epilogue_rows(const EpilogueArgs e) {
+  alignas(64) char dropped[kVectors * kLanes * 4] = {};
+  const Vec floor = floor_of(e);
+  for (int i = 0; i < e.rows; ++i) {
+    Vec sum[kVectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) sum[j] = load(e.c + (i * kVectors + j) * kLanes);
+    write_pixel<kBf16, kStream, kResidual>(e, floor, e.dst[i], sum, dropped);
+  }
+}
+
+// The last panel of a tensor whose channels do not fill it.
+template <bool kBf16>
+void epilogue_tail(const EpilogueArgs& e) {
+  constexpr int kElement = kBf16 ? 2 : 4;
+  for (int i = 0; i < e.rows; ++i) {
+    const ptrdiff_t pixel = e.dst[i];
+    if (pixel < 0) continue;
+    const char* const r = e.residual ? e.residual + pixel * e.residual_pitch : nullptr;
+    char* const o = e.out + pixel * e.out_pitch;
+    auto vector = [&](int j, int count, auto whole) __attribute__((always_inline)) {
+      constexpr bool kWhole = decltype(whole)::value;
+      Vec v = fma(load(e.c + i * e.panel + j), load(e.scale + j), load(e.shift + j));
+      if (r) v += load_part<kBf16, kWhole>(r + j * kElement, count);
+      if (e.relu) v = relu(v);
+      store_part<kBf16, kWhole>(o + j * kElement, v, count);
+    };
+    int j = 0;
+    for (; j + kLanes <= e.columns; j += kLanes) vector(j, kLanes, Whole<true>{});
+    if (j < e.columns) vector(j, e.columns - j, Whole<false>{});
+  }
+}
+
+template <int kVectors>
+void epilogue_whole(const EpilogueArgs& e) {
+  choose_epilogue<kVectors>(e, [&](auto bf16, auto stream, auto residual) __attribute__((always_inline)) {
+    epilogue_rows<decltype(bf16)::value, decltype(stream)::value, decltype(residual)::value, kVectors>(e);
+  });
+}
+void epilogue(const EpilogueArgs& e) {
+  if (e.columns < e.panel)
+    e.bf16 ? epilogue_tail<true>(e) : epilogue_tail<false>(e);
+  else
+    e.panel == kPanel ? epilogue_whole<2>(e) : epilogue_whole<1>(e);
+}
+
 // ---- register tile ---------------------------------------------------------------------------------------------
 // AVX-512: up to 14 rows x 2 vectors of 16 (28 of 32 registers), or 6 x 4; AVX2: 6 x 2 x 8 (12 of 16); portable: 4 x 2
 // x 4. 14 x 2 wastes less at the edges, 6 x 4 takes fewer loads: 10 for 24 products instead of 16 for 28. Narrow: one
@@ -18,7 +140,6 @@ constexpr int kSubMax = 3, kNarrowSub = 6;
 #else
 constexpr int kSubMax = 2, kNarrowSub = 4;
 #endif
-constexpr int kPanel = 2 * kLanes;
 
 // The asm keeps GCC from carrying elements of A between rows and iterations in registers that it does not have.
 RF_INLINE Vec broadcast(const char* p) {
@@ -57,8 +178,10 @@ struct F32Product {
 };
 #if defined(__AVX512BF16__)
 struct Bf16Product {
-  static RF_INLINE void apply(Vec a, Vec b, Vec& c) { c = (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)a); }
-  static RF_INLINE void apply_at(const char* a, Vec b, Vec& c) { apply(broadcast(a), b, c); }
+  static RF_INLINE void apply(Vec a, Vec b, Vec& c) { asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); }
+  static RF_INLINE void apply_at(const char* a, Vec b, Vec& c) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*reinterpret_cast<const float*>(a)));
+  }
 };
 #endif
 
@@ -107,6 +230,71 @@ RF_INLINE void prefetch_lines(const GemmArgs& args, const char*& p) {
   for (int i = 0; i < args.prefetch_lines; ++i, p += 64) __builtin_prefetch(p, 0, 2);
 }
 
+template <int Rows, int Vectors>
+RF_INLINE void clear(Vec (&c)[Rows][Vectors]) {
+#pragma GCC unroll 28
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) c[i][j] = Vec{};
+  }
+}
+
+// out: of each panel.
+template <int Rows, int Vectors>
+RF_INLINE void add_from(float* const (&out)[2], Vec (&c)[Rows][Vectors]) {
+#pragma GCC unroll 28
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) c[i][j] += load(out[j / 2] + i * columns_of<Vectors>() + j % 2 * kLanes);
+  }
+}
+template <int Rows, int Vectors>
+RF_INLINE void store_to(float* const (&out)[2], const Vec (&c)[Rows][Vectors]) {
+#pragma GCC unroll 28
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) store(out[j / 2] + i * columns_of<Vectors>() + j % 2 * kLanes, c[i][j]);
+  }
+}
+
+// The sums of one panel, whose vectors are from kFirst on, to their pixels. The arguments by value: see epilogue_rows.
+template <bool kBf16, bool kStream, bool kResidual, int kFirst, int Rows, int Vectors>
+RF_INLINE void write_rows(const Epilogue e, const int32_t* const first, const int32_t* const second,
+                          const Vec (&c)[Rows][Vectors]) {
+  constexpr int kOfPanel = Vectors == 1 ? 1 : 2;
+  alignas(64) char dropped[kOfPanel * kLanes * 4];
+  if (!kStream) std::memset(dropped, 0, sizeof dropped);
+  const Vec floor = floor_of(e);
+#pragma GCC unroll 28
+  for (int i = 0; i < Rows; ++i) {
+    Vec sum[kOfPanel];
+#pragma GCC unroll 2
+    for (int j = 0; j < kOfPanel; ++j) sum[j] = c[i][kFirst + j];
+    const ptrdiff_t pixel = i < Rows / 2 ? first[i] : second[i - Rows / 2];
+    write_pixel<kBf16, kStream, kResidual>(e, floor, pixel, sum, dropped);
+  }
+}
+template <int kFirst, int Rows, int Vectors>
+RF_INLINE void write_to_pixels(const GemmArgs& args, const Vec (&c)[Rows][Vectors]) {
+  const Epilogue& e = args.epilogue[kFirst / 2];
+  choose_epilogue<Vectors == 1 ? 1 : 2>(e, [&](auto bf16, auto stream, auto residual) __attribute__((always_inline)) {
+    write_rows<decltype(bf16)::value, decltype(stream)::value, decltype(residual)::value, kFirst>(e, args.dst[0],
+                                                                                                  args.dst[1], c);
+  });
+}
+
+// The end of a tile's products. `partial`: whether there are sums in memory to add to.
+template <int Rows, int Vectors>
+RF_INLINE void finish(const GemmArgs& args, bool partial, float* const (&out)[2], Vec (&c)[Rows][Vectors]) {
+  if (partial) add_from(out, c);
+  if (!args.epilogue) {
+    store_to(out, c);
+    return;
+  }
+  write_to_pixels<0>(args, c);
+  if (Vectors > 2) write_to_pixels<Vectors - 2>(args, c);
+}
+
 constexpr int kUnroll = 4;
 
 template <class Product, int Sub, int Vectors>
@@ -114,30 +302,8 @@ void gemm(GemmArgs& args) {
   constexpr int kPanels = panels_of<Vectors>(), kColumns = columns_of<Vectors>();
   float* const out[2] = {args.c, args.c2};
   Vec c[2 * Sub][Vectors];
-  auto clear = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 28
-    for (int i = 0; i < 2 * Sub; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) c[i][j] = Vec{};
-    }
-  };
-  bool partial = args.accumulate;  // whether there is something in memory to add to
-  auto flush = [&]() __attribute__((always_inline)) {
-    if (partial) {
-#pragma GCC unroll 28
-      for (int i = 0; i < 2 * Sub; ++i) {
-#pragma GCC unroll 4
-        for (int j = 0; j < Vectors; ++j) c[i][j] += load(out[j / 2] + i * kColumns + j % 2 * kLanes);
-      }
-    }
-#pragma GCC unroll 28
-    for (int i = 0; i < 2 * Sub; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) store(out[j / 2] + i * kColumns + j % 2 * kLanes, c[i][j]);
-    }
-    partial = true;
-  };
-  clear();
+  bool partial = args.accumulate;
+  clear(c);
   const ptrdiff_t lda = args.lda;
   const char* ahead = args.prefetch;
   int chain = args.tap_count ? args.taps[0].chain : 0;
@@ -153,8 +319,10 @@ void gemm(GemmArgs& args) {
     if (kPanels > 1) b[kPanels - 1] = reinterpret_cast<const float*>(args.b2 + args.taps[t].b);
     for (int k0 = 0; k0 < args.words; k0 += args.segment) {
       if (k0 > 0 || args.taps[t].chain != chain) {
-        flush();
-        clear();
+        if (partial) add_from(out, c);
+        store_to(out, c);
+        partial = true;
+        clear(c);
         chain = args.taps[t].chain;
       }
       int left = args.words - k0 < args.segment ? args.words - k0 : args.segment;
@@ -177,7 +345,7 @@ void gemm(GemmArgs& args) {
       }
     }
   }
-  flush();
+  finish(args, partial, out, c);
   args.prefetch = ahead;
 }
 
@@ -188,27 +356,10 @@ void gemm(GemmArgs& args) {
 template <int Sub, int Vectors>
 void gemm_row(GemmArgs& args) {
   constexpr int kColumns = columns_of<Vectors>();
+  float* const out[2] = {args.c, nullptr};
   Vec c[2 * Sub][Vectors];
-  auto clear = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 28
-    for (int i = 0; i < 2 * Sub; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) c[i][j] = Vec{};
-    }
-  };
   bool partial = args.accumulate;
-  auto flush = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 28
-    for (int i = 0; i < 2 * Sub; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) {
-        float* const out = args.c + i * kColumns + j * kLanes;
-        store(out, partial ? c[i][j] + load(out) : c[i][j]);
-      }
-    }
-    partial = true;
-  };
-  clear();
+  clear(c);
   const ptrdiff_t lda = args.lda, tap_floats = ptrdiff_t{args.words} * kColumns;
   const char* ahead = args.prefetch;
   int chain = args.tap_count ? args.taps[0].chain : 0;
@@ -217,8 +368,10 @@ void gemm_row(GemmArgs& args) {
     const float* b = reinterpret_cast<const float*>(args.b + args.taps[t].b);
     for (int k0 = 0; k0 < args.words; k0 += args.segment) {
       if (k0 > 0 || args.taps[t].chain != chain) {
-        flush();
-        clear();
+        if (partial) add_from(out, c);
+        store_to(out, c);
+        partial = true;
+        clear(c);
         chain = args.taps[t].chain;
       }
       const int end = args.words - k0 < args.segment ? args.words : k0 + args.segment;
@@ -251,7 +404,7 @@ void gemm_row(GemmArgs& args) {
       }
     }
   }
-  flush();
+  finish(args, partial, out, c);
   args.prefetch = ahead;
 }
 
@@ -395,110 +548,6 @@ void gemm_amx_narrow(GemmArgs& args) {
 }
 #endif
 
-template <bool kValue>
-struct Whole {
-  static constexpr bool value = kValue;
-};
-
-// ---- vectors in memory -----------------------------------------------------------------------------------------
-// `count` elements as float32, zeros behind them; whole vectors where kWhole.
-template <bool kBf16, bool kWhole>
-RF_INLINE Vec load_part(const char* p, int count) {
-  constexpr int kElement = kBf16 ? 2 : 4;
-  char part[kLanes * kElement] = {};
-  if (!kWhole) p = static_cast<const char*>(std::memcpy(part, p, static_cast<size_t>(count) * kElement));
-  return kBf16 ? load_bf16(reinterpret_cast<const uint16_t*>(p)) : load(reinterpret_cast<const float*>(p));
-}
-template <bool kBf16, bool kWhole>
-RF_INLINE void store_part(char* p, Vec v, int count) {
-  constexpr int kElement = kBf16 ? 2 : 4;
-  char part[kLanes * kElement];
-  char* const d = kWhole ? p : part;
-  if (kBf16)
-    store_bf16(reinterpret_cast<uint16_t*>(d), v);
-  else
-    store(reinterpret_cast<float*>(d), v);
-  if (!kWhole) std::memcpy(p, part, static_cast<size_t>(count) * kElement);
-}
-
-// ---- epilogue --------------------------------------------------------------------------------------------------
-// The arguments by value: a store may alias what a reference refers to, which is then read again for every row. Rows
-// that are dropped go to a place of their own: where there are some in every row of an image, a branch is mispredicted.
-template <bool kBf16, int kVectors, bool kStream>
-void epilogue_full(const EpilogueArgs e) {
-  constexpr int kVectorBytes = kLanes * (kBf16 ? 2 : 4);
-  alignas(64) char dropped[kVectors * kVectorBytes] = {};
-  Vec scale[kVectors], shift[kVectors];
-#pragma GCC unroll 2
-  for (int j = 0; j < kVectors; ++j) {
-    scale[j] = load(e.scale + j * kLanes);
-    shift[j] = load(e.shift + j * kLanes);
-  }
-  for (int i = 0; i < e.rows; ++i) {
-    const ptrdiff_t pixel = e.dst[i];
-    if (kStream && pixel < 0) continue;
-    const char* const r = pixel < 0 ? dropped : e.residual + pixel * e.residual_pitch;
-    char* const o = pixel < 0 ? dropped : e.out + pixel * e.out_pitch;
-    Vec v[kVectors];
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {
-      v[j] = fma(load(e.c + (i * kVectors + j) * kLanes), scale[j], shift[j]);
-      if (e.residual) v[j] += load_part<kBf16, true>(r + j * kVectorBytes, kLanes);
-      if (e.relu) v[j] = relu(v[j]);
-    }
-    if (kStream && kBf16) {
-      stream_bf16_pair(reinterpret_cast<uint16_t*>(o), v[0], v[kVectors - 1]);
-      continue;
-    }
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {
-      if (kStream)
-        stream(reinterpret_cast<float*>(o) + j * kLanes, v[j]);
-      else
-        store_part<kBf16, true>(o + j * kVectorBytes, v[j], kLanes);
-    }
-  }
-}
-
-// The last panel of a tensor whose channels do not fill it.
-template <bool kBf16>
-void epilogue_tail(const EpilogueArgs& e) {
-  constexpr int kElement = kBf16 ? 2 : 4;
-  for (int i = 0; i < e.rows; ++i) {
-    const ptrdiff_t pixel = e.dst[i];
-    if (pixel < 0) continue;
-    const char* const r = e.residual ? e.residual + pixel * e.residual_pitch : nullptr;
-    char* const o = e.out + pixel * e.out_pitch;
-    auto vector = [&](int j, int count, auto whole) __attribute__((always_inline)) {
-      constexpr bool kWhole = decltype(whole)::value;
-      Vec v = fma(load(e.c + i * e.panel + j), load(e.scale + j), load(e.shift + j));
-      if (r) v += load_part<kBf16, kWhole>(r + j * kElement, count);
-      if (e.relu) v = relu(v);
-      store_part<kBf16, kWhole>(o + j * kElement, v, count);
-    };
-    int j = 0;
-    for (; j + kLanes <= e.columns; j += kLanes) vector(j, kLanes, Whole<true>{});
-    if (j < e.columns) vector(j, e.columns - j, Whole<false>{});
-  }
-}
-
-template <bool kBf16, int kVectors>
-void epilogue_whole(const EpilogueArgs& e) {
-  constexpr bool kCanStream = !kBf16 || kVectors == 2;  // whole cache lines
-  if (kCanStream && e.stream)
-    epilogue_full<kBf16, kVectors, kCanStream>(e);
-  else
-    epilogue_full<kBf16, kVectors, false>(e);
-}
-template <bool kBf16>
-void epilogue_typed(const EpilogueArgs& e) {
-  if (e.columns < e.panel)
-    epilogue_tail<kBf16>(e);
-  else
-    e.panel == kPanel ? epilogue_whole<kBf16, 2>(e) : epilogue_whole<kBf16, 1>(e);
-}
-void epilogue(const EpilogueArgs& e) { e.bf16 ? epilogue_typed<true>(e) : epilogue_typed<false>(e); }
-
 // ---- prologue --------------------------------------------------------------------------------------------------
 template <bool kBf16In, bool kBf16Out, bool kAverage, bool kWhole>
 RF_INLINE void prologue_vector(const PrologueArgs& p, const char* x, char* out, int channel, int count) {
@@ -614,16 +663,17 @@ struct Winograd<4> {
   }
 };
 
-template <int kM>
+template <int kM, bool kBf16>
 void winograd_in(const WinogradIn& w) {
-  constexpr int kT = kM + 2;
+  constexpr int kT = kM + 2, kElement = kBf16 ? 2 : 4;
   for (int v = 0; v < w.channels; v += kLanes) {
     Vec columns[kT][kT];  // [column][frequency along y]
 #pragma GCC unroll 6
     for (int x = 0; x < kT; ++x) {
       Vec d[kT];
 #pragma GCC unroll 6
-      for (int y = 0; y < kT; ++y) d[y] = load(w.src + y * w.row + x * w.pixel + v);
+      for (int y = 0; y < kT; ++y)
+        d[y] = load_part<kBf16, true>(w.src + y * w.row + x * w.pixel + v * kElement, kLanes);
       Winograd<kM>::in(d, columns[x]);
     }
 #pragma GCC unroll 6
@@ -633,7 +683,8 @@ void winograd_in(const WinogradIn& w) {
       for (int x = 0; x < kT; ++x) d[x] = columns[x][y];
       Winograd<kM>::in(d, o);
 #pragma GCC unroll 6
-      for (int x = 0; x < kT; ++x) store(w.dst + (y * kT + x) * w.frequency + v, o[x]);
+      for (int x = 0; x < kT; ++x)
+        store_part<kBf16, true>(w.dst + (y * kT + x) * w.frequency + v * kElement, o[x], kLanes);
     }
   }
 }
@@ -800,61 +851,63 @@ void linear(const LinearArgs& l) { l.bf16 ? linear_typed<true>(l) : linear_typed
 [[maybe_unused]] void nothing() {}
 [[maybe_unused]] void nothing(bool) {}
 
+constexpr void add(Tiles& tiles, int sub, GemmFn gemm) {
+  tiles.of_height[sub] = gemm;
+  if (sub > tiles.tallest) tiles.tallest = sub;
+}
+template <class Product, int Vectors, int... Subs>
+constexpr Tiles tiles() {
+  Tiles t{};
+  (add(t, Subs, gemm<Product, Subs, Vectors>), ...);
+  return t;
+}
+template <int Vectors, int... Subs>
+constexpr Tiles row_tiles() {
+  Tiles t{};
+  (add(t, Subs, gemm_row<Subs, Vectors>), ...);
+  return t;
+}
+
 constexpr Kernels make_table() {
   Kernels k{};
   k.isa = RF_ISA;
   k.name = RF_NAME;
   k.panel = kPanel;
   k.narrow = kLanes;
-  k.gemm_f32[kSubMax] = gemm<F32Product, kSubMax, 2>;
-  k.gemm_f32_narrow[kNarrowSub] = gemm<F32Product, kNarrowSub, 1>;
-  k.gemm_f32_narrow_row[kNarrowSub] = gemm_row<kNarrowSub, 1>;
-#if defined(__AVX512F__)
-  k.gemm_f32_row[4] = gemm_row<4, 2>;
-  k.gemm_f32_row[5] = gemm_row<5, 2>;
-  k.gemm_f32_row[6] = gemm_row<6, 2>;
-  k.gemm_f32[4] = gemm<F32Product, 4, 2>;
-  k.gemm_f32[5] = gemm<F32Product, 5, 2>;
-  k.gemm_f32[6] = gemm<F32Product, 6, 2>;
-  k.gemm_f32_narrow[4] = gemm<F32Product, 4, 1>;
-  k.gemm_f32_narrow_row[4] = gemm_row<4, 1>;
-  k.gemm_f32_narrow[6] = gemm<F32Product, 6, 1>;
-  k.gemm_f32_narrow_row[6] = gemm_row<6, 1>;
-  k.gemm_f32_narrow[7] = gemm<F32Product, 7, 1>;
-  k.gemm_f32_narrow_row[7] = gemm_row<7, 1>;
-  k.gemm_f32_narrow[8] = gemm<F32Product, 8, 1>;
-  k.gemm_f32_narrow_row[8] = gemm_row<8, 1>;
-  k.gemm_f32_narrow[10] = gemm<F32Product, 10, 1>;
-  k.gemm_f32_narrow_row[10] = gemm_row<10, 1>;
-  k.gemm_f32_narrow[12] = gemm<F32Product, 12, 1>;
-  k.gemm_f32_narrow_row[12] = gemm_row<12, 1>;
-  k.wide_sub = kWideSub;
-  k.gemm_f32_wide = gemm<F32Product, kWideSub, 4>;
-#endif
   k.bf16_word_multiple = k.bf16_narrow_multiple = 1;
   k.f32_step = k.bf16_step = kUnroll;
   k.begin = nothing;
   k.end = nothing;
+#if defined(__AVX512F__)
+  k.f32 = tiles<F32Product, 2, 4, 5, 6, kSubMax>();
+  k.f32_narrow = tiles<F32Product, 1, 4, 6, 7, 8, 10, 12, kNarrowSub>();
+  k.f32_row = row_tiles<2, 4, 5, 6>();
+  k.f32_narrow_row = row_tiles<1, 4, 6, 7, 8, 10, 12, kNarrowSub>();
+  k.wide_sub = kWideSub;
+  k.gemm_f32_wide = gemm<F32Product, kWideSub, 4>;
+#else
+  k.f32 = tiles<F32Product, 2, kSubMax>();
+  k.f32_narrow = tiles<F32Product, 1, kNarrowSub>();
+  k.f32_narrow_row = row_tiles<1, kNarrowSub>();
+#endif
 #if defined(__AMX_BF16__)
-  k.bf16_sub = 16;
-  k.bf16_narrow_sub = 32;
+  add(k.bf16, 16, gemm_amx);
+  add(k.bf16_narrow, 32, gemm_amx_narrow);
+  k.bf16.to_memory = k.bf16_narrow.to_memory = true;
   k.bf16_word_multiple = 16;
   k.bf16_narrow_multiple = 8;
   k.bf16_step = 16;
-  k.gemm_bf16 = gemm_amx;
-  k.gemm_bf16_narrow = gemm_amx_narrow;
   k.begin = amx_begin;
   k.end = amx_end;
 #elif defined(__AVX512BF16__)
-  k.bf16_sub = kSubMax;
-  k.bf16_narrow_sub = 8;
-  k.gemm_bf16 = gemm<Bf16Product, kSubMax, 2>;
-  k.gemm_bf16_narrow = gemm<Bf16Product, 8, 1>;
+  k.bf16 = tiles<Bf16Product, 2, 4, 5, 6, kSubMax>();
+  k.bf16_narrow = tiles<Bf16Product, 1, 4, 6, 7, 8, 10, 12, kNarrowSub>();
+  k.winograd_in_bf16 = winograd_in<2, true>;
 #endif
   k.epilogue = epilogue;
   k.prologue = prologue;
-  k.winograd_in[0] = winograd_in<2>;
-  k.winograd_in[1] = winograd_in<4>;
+  k.winograd_in[0] = winograd_in<2, false>;
+  k.winograd_in[1] = winograd_in<4, false>;
   k.winograd_out[0] = winograd_out<2>;
   k.winograd_out[1] = winograd_out<4>;
   k.max_rows = max_rows;

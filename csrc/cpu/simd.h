@@ -39,20 +39,26 @@ RF_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// Keeps a NaN, as torch's ReLU does: of an unordered pair the instructions return the second operand.
-RF_INLINE Vec relu(Vec v) {
+// The larger one. Keeps a NaN of v, as torch's ReLU does: of an unordered pair the instructions return the second
+// operand.
+RF_INLINE Vec at_least(Vec floor, Vec v) {
 #if defined(__AVX512F__)
-  return _mm512_maskz_max_ps(0xffff, Vec{}, v);  // _mm512_max_ps: GCC 12 warns of its header
+  return _mm512_maskz_max_ps(0xffff, floor, v);  // _mm512_max_ps: GCC 12 warns of its header
 #elif defined(__AVX2__)
-  return _mm256_max_ps(Vec{}, v);
+  return _mm256_max_ps(floor, v);
 #else
-  return v < Vec{} ? Vec{} : v;
+  return v < floor ? floor : v;
 #endif
 }
+RF_INLINE Vec relu(Vec v) { return at_least(Vec{}, v); }
 
 RF_INLINE Vec widen(VecH v) {
-  VecU bits = __builtin_convertvector(v, VecU) << 16;
-  return reinterpret_cast<Vec>(bits);
+#if defined(__AVX512F__)  // GCC 12 makes five instructions of the conversion
+  VecU words = (VecU)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#else
+  VecU words = __builtin_convertvector(v, VecU);
+#endif
+  return reinterpret_cast<Vec>(words << 16);
 }
 RF_INLINE Vec load_bf16(const uint16_t* p) { return widen(*reinterpret_cast<const VecHUnaligned*>(p)); }
 

@@ -57,6 +57,20 @@ def unsupported(dtype: torch.dtype, device: torch.device) -> str | None:
     return native.reason()
 
 
+def winograd_rounds() -> bool:
+    """Whether F(2x2, 3x3) of bfloat16 multiplies bfloat16 on the instruction set in use.
+
+    Transformed pixels and weights are then rounded; else they are float32.
+    """
+    return _winograd_rounds(native.isa())
+
+
+@functools.lru_cache
+def _winograd_rounds(isa: str) -> bool:
+    rows = native.bindings.kernel_table() if native.bindings is not None else []
+    return any((row["isa"], row["kernel"], row["dtype"]) == (isa, "winograd2", "bfloat16") for row in rows)
+
+
 def only_by_layers(shape: Shape) -> str | None:
     """Why there is no kernel for the whole of this block, None if there is one (always for a layer)."""
     if isinstance(shape, Bottleneck | PreActBlock) and shape.groups > 1:
