@@ -13,11 +13,9 @@ struct Rates {
   double f32, bf16;
 };
 constexpr Rates kRates[kIsaCount] = {{13e9, 13e9}, {55e9, 55e9}, {110e9, 110e9}, {110e9, 220e9}, {110e9, 900e9}};
-constexpr double kBandwidth = 8e9;     // bytes/s of a thread between L2 and what lies behind it
-constexpr double kSharedCache = 20e9;  // bytes/s of a thread out of L3
-constexpr double kInCache = 30e9;      // bytes/s of Winograd's transforms, through L2
-constexpr double kPrologue = 8e9;      // elements/s of a prologue
-constexpr double kLaunch = 4e-6;       // of one parallel region
+constexpr double kInCache = 30e9;  // bytes/s of Winograd's transforms, through L2
+constexpr double kPrologue = 8e9;  // elements/s of a prologue
+constexpr double kLaunch = 4e-6;   // of one parallel region
 // Of one op of torch, dispatched from Python: 20 us when all of that is in the caches, 50 to 100 after a kernel that
 // filled them. The package's own blocks are recorded, and pay it once for a stage.
 constexpr double kVendorCall = 40e-6;
@@ -111,7 +109,7 @@ Cost block_cost(const Kernels& kernels, const Block& b, int threads) {
     seconds += layer_seconds(kernels, b.dtype, b.projection, b.n, g.h[l], g.w[l]);
   }
   c.bytes = g.in_bytes + g.out_bytes + (b.residual && b.residual != b.x ? g.out_bytes : 0);
-  seconds += c.bytes / (b.reread ? kInCache : kBandwidth);
+  seconds += c.bytes / (b.reread ? kInCache : memory_rates().memory);
   const int64_t units = p.split_channels ? threads : (b.n + p.images - 1) / p.images * p.bands;
   int64_t weights =
       b.has_projection ? pack_shape(kernels, b.projection.shape, b.dtype, b.projection.algorithm).bytes : 0;
@@ -123,8 +121,8 @@ Cost block_cost(const Kernels& kernels, const Block& b, int threads) {
   // Few of them are found in L3 the first time, too: blocks that small are most of a small model. Not so
   // layers, whose neighbours have as many, alone or in a dense block (reread).
   const bool kept = weights <= kKeptWeights && b.layer_count > 1 && !b.reread;
-  const double first = kept ? kSharedCache : kBandwidth;
-  seconds += static_cast<double>(weights) * (1 / first + static_cast<double>(passes - 1) / kSharedCache);
+  const double first = kept ? memory_rates().shared_cache : memory_rates().memory;
+  seconds += static_cast<double>(weights) * (1 / first + static_cast<double>(passes - 1) / memory_rates().shared_cache);
   const double share = padded(units, threads) / std::max<int64_t>(1, units);  // the slowest thread's
   c.seconds = seconds * share / threads + kLaunch * (p.split_channels ? b.layer_count : 1);
   c.workspace_bytes = p.workspace_bytes;
@@ -172,7 +170,7 @@ Cost vendor_cost(const Block& b, int threads) {
     c.seconds += kVendorCall;
   }
   c.bytes = bytes;
-  c.seconds += (seconds + bytes / kBandwidth) / threads;
+  c.seconds += (seconds + bytes / memory_rates().memory) / threads;
   c.note = "one kernel a layer";
   return c;
 }
@@ -199,14 +197,14 @@ Cost dense_sum(const DenseShape& s, F cost_of_layer) {
 
 Cost dense_cost(const Kernels& kernels, const DenseShape& s, int threads) {
   Cost c = dense_sum(s, [&](const Block& b) { return block_cost(kernels, b, threads); });
-  c.seconds += c.bytes / kBandwidth / threads;
+  c.seconds += c.bytes / memory_rates().memory / threads;
   return c;
 }
 
 Cost vendor_dense_cost(const DenseShape& s, int threads) {
   Cost c = dense_sum(s, [&](const Block& b) { return vendor_cost(b, threads); });
   const double written = static_cast<double>(s.n) * s.h * s.w * s.growth * s.count * element_size(s.dtype);
-  c.seconds += (c.bytes + 2 * written) / kBandwidth / threads;  // each output is copied into the buffer
+  c.seconds += (c.bytes + 2 * written) / memory_rates().memory / threads;  // each output is copied into the buffer
   return c;
 }
 
@@ -216,7 +214,7 @@ Cost head_cost(const Kernels& kernels, const Head& head, int threads) {
   cost.flops = 2 * n * c * k;
   cost.bytes = (n * c * pixels + k * c + n * k) * static_cast<double>(element_size(head.dtype));
   const double seconds = (n * c * pixels + cost.flops) / (rate(kernels.isa, false) * kOwnEfficiency);
-  cost.seconds = (seconds + cost.bytes / kBandwidth) / threads + 2 * kLaunch;
+  cost.seconds = (seconds + cost.bytes / memory_rates().memory) / threads + 2 * kLaunch;
   cost.workspace_bytes = int64_t{head.n} * head.c * 4;
   cost.note = "threads share channels, then outputs";
   return cost;
@@ -232,7 +230,7 @@ Cost vendor_head_cost(const Head& head, int threads) {
   const double x =
       static_cast<double>(head.n) * head.c * head.h * head.w * static_cast<double>(element_size(head.dtype));
   cost.bytes += x;
-  cost.seconds += 2 * kVendorCall + x / kBandwidth / threads;  // the mean in float32, and that as x's dtype
+  cost.seconds += 2 * kVendorCall + x / memory_rates().memory / threads;  // the mean in float32, and that as x's dtype
   cost.note = "one kernel a layer";
   return cost;
 }

@@ -123,14 +123,28 @@ const Kernels& kernels() {
   return *k;
 }
 
-double wide_tile_cost() {
-  // Sapphire Rapids: 14 x 32 reaches 0.72 of the FMA peak and 6 x 64 0.83, bound by loads; Zen 5: 0.97 with 14 x 32.
+namespace {
+
+bool is_intel() {
 #if defined(__x86_64__)
   static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
-  return intel ? 0.87 : 1.0;
+  return intel;
 #else
-  return 1.0;
+  return false;
 #endif
+}
+
+}  // namespace
+
+double wide_tile_cost() {
+  // Sapphire Rapids: 14 x 32 reaches 0.72 of the FMA peak and 6 x 64 0.83, bound by loads; Zen 4 and 5: 0.97 with
+  // 14 x 32.
+  return is_intel() ? 0.87 : 1.0;
+}
+
+MemoryRates memory_rates() {
+  // Sapphire Rapids, two busy threads; Zen 4: 18 to 22 and 99 GB/s, one thread.
+  return is_intel() ? MemoryRates{8e9, 20e9} : MemoryRates{16e9, 80e9};
 }
 
 void select_isa(Isa isa) { selected.store(&kernels_of(isa), std::memory_order_release); }

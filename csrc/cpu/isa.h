@@ -18,4 +18,10 @@ RF_EXPORT void select_isa(Isa isa);
 // Time of the wide tile per row and column, relative to the tall one's.
 double wide_tile_cost();
 
+// Bytes/s of one thread out of memory and out of L3, for the cost model.
+struct MemoryRates {
+  double memory, shared_cache;
+};
+MemoryRates memory_rates();
+
 }  // namespace resnet_fused::cpu
