@@ -42,17 +42,15 @@ def test_as_shipped(plain: Path) -> None:
     run(plain, "--cases", "60")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.thorough] if n in ("avx2", "avx512_bf16") else []) for n in ISAS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.thorough] if n == "avx2" else []) for n in ISAS])
 def test_sanitized(name: str, request: pytest.FixtureRequest) -> None:
-    """Two of the instruction sets differ from others in the width and the product of a vector only."""
+    """AVX2 differs from others in the width of a vector only."""
     if native.available() and name not in environment.instruction_sets()[1]:
         pytest.skip(f"this machine does not run {name}")
     tree = build(
         "sanitized",
         "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
-        "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O2 -g1",
+        "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1",  # -O2 takes minutes to compile the kernels
         "-DRESNET_FUSED_SANITIZE=address,undefined",
     )
     cases = "20" if request.config.getoption("--thorough") else "4"
