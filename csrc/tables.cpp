@@ -157,11 +157,12 @@ std::vector<Row> kernel_table() {
     }
     add(k, "direct", "float32", k.f32_row, k.panel, kRowTaps);
     add(k, "direct", "float32", k.f32_narrow_row, k.narrow, kRowTaps);
-    for (const char* kernel : {"direct", "winograd2"}) {
-      if (kernel[0] == 'w' && !k.winograd_in_bf16) continue;
+    const auto add_bf16 = [&](const char* kernel) {
       add(k, kernel, "bfloat16", k.bf16, k.panel, 2 * k.bf16_word_multiple);
       add(k, kernel, "bfloat16", k.bf16_narrow, k.narrow, 2 * k.bf16_narrow_multiple);
-    }
+    };
+    add_bf16("direct");
+    if (k.winograd_in_bf16) add_bf16("winograd2");
   }
   return rows;
 }

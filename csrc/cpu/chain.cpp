@@ -197,8 +197,8 @@ struct Chain {
             ? s.c * element
             : round_up(std::max<int64_t>(int64_t{st.pack.flat ? 0 : st.pack.words} * 4, channels * element), kLine) +
                   kLine;
-    st.by_row = !st.m && !st.pack.bf16 && s.s == kRowTaps && s.stride_w == 1 && s.dil_w == 1 &&
-                (st.pack.panel == kernels.narrow ? kernels.f32_narrow_row : kernels.f32_row).tallest;
+    st.by_row =
+        !st.m && !st.pack.bf16 && s.s == kRowTaps && s.stride_w == 1 && s.dil_w == 1 && row_tiles_of(st.pack).tallest;
     st.cleared = before && !st.pack.flat && channels * element < int64_t{st.pack.words} * 4;
     return st;
   }
@@ -209,6 +209,18 @@ struct Chain {
     if (pack.bf16) return narrow ? kernels.bf16_narrow : kernels.bf16;
     return narrow ? kernels.f32_narrow : kernels.f32;
   }
+  // A kernel row at a time, in float32.
+  const Tiles& row_tiles_of(const PackShape& pack) const {
+    return pack.panel == kernels.narrow ? kernels.f32_narrow_row : kernels.f32_row;
+  }
+
+  // Words of a tap that are added up in one chain.
+  int segment(const Stage& st) const {
+    if (st.pack.bf16) return INT_MAX;
+    return block.average || st.m == 2 ? kFineSegment : kSegment;
+  }
+  // Words of a tap that are one step of products.
+  int step(const Stage& st) const { return st.pack.bf16 ? kernels.bf16_step : kernels.f32_step; }
 
   // Rows of a stage's input that `rows` rows of its output read.
   static int input_rows(const Stage& st, int rows) {
@@ -650,7 +662,7 @@ class Unit {
   template <class F>
   Tile choose_tile(const Stage& st, int panel_count, F rows_computed) const {
     const bool narrow = st.pack.panel == kernels_.narrow;
-    const Tiles& tiles = !st.by_row ? chain_.tiles_of(st.pack) : narrow ? kernels_.f32_narrow_row : kernels_.f32_row;
+    const Tiles& tiles = st.by_row ? chain_.row_tiles_of(st.pack) : chain_.tiles_of(st.pack);
     Tile best{};
     double least = 0;
     for (int sub = tiles.tallest; sub > 0; --sub) {
@@ -767,10 +779,7 @@ class Unit {
     const int rows = st.pack.flat ? 1 : s.r, per_row = st.merged || st.by_row || st.pack.flat ? 1 : s.s;
     const int tap_words = st.pack.words * (st.pack.flat ? 1 : s.s / per_row);
     const int words = st.by_row ? st.pack.words : tap_words;  // that the kernel is told
-    const int segment = st.pack.bf16     ? INT_MAX
-                        : block_.average ? kFineSegment
-                                         : kSegment,
-              per_chain = static_cast<int>(ceil_div(segment, tap_words));
+    const int segment = chain_.segment(st), per_chain = static_cast<int>(ceil_div(segment, tap_words));
     taps.clear();
     for (int r = 0; r < rows; ++r)
       for (int x = 0; x < per_row; ++x) {
@@ -793,7 +802,7 @@ class Unit {
     auto* c =
         static_cast<float*>(workspace(Slot::kTiles, static_cast<size_t>(splits > 1 ? group : 2) * tile_floats * 4));
 
-    const int64_t tap_steps = words / (st.by_row ? 1 : st.pack.bf16 ? kernels_.bf16_step : kernels_.f32_step);
+    const int64_t tap_steps = words / (st.by_row ? 1 : chain_.step(st));
     Ahead ahead(l == chain_.ahead_layer ? &ahead_ : nullptr, (panel_end - panel_begin) / tile.panels * int64_t{count} *
                                                                  static_cast<int64_t>(taps.size()) * tap_steps);
     const int64_t split_bytes = int64_t{split_taps} * tap_words * panel * 4;
@@ -974,9 +983,7 @@ class Unit {
     const int64_t panel_products = frequencies * product;
     auto* products = static_cast<float*>(workspace(Slot::kProducts, static_cast<size_t>(kept * panel_products) * 4));
     auto* c = static_cast<float*>(workspace(Slot::kTiles, static_cast<size_t>(pixels * panel) * 4));
-    const int64_t steps =
-        ceil_div(g.tiles, 2 * tile.sub) *
-        (st.pack.words / (st.pack.bf16 ? kernels_.bf16_step : kernels_.f32_step));  // of one frequency
+    const int64_t steps = ceil_div(g.tiles, 2 * tile.sub) * (st.pack.words / chain_.step(st));  // of one frequency
     Ahead ahead(l == chain_.ahead_layer ? &ahead_ : nullptr,
                 frequencies * ((panel_end - panel_begin) / tile.panels) * steps);
     const int64_t frequency_bytes = int64_t{st.pack.words} * panel * 4;
@@ -999,7 +1006,7 @@ class Unit {
     auto multiply = [&](int f, int n, float* first_product) {
       GemmArgs args{};
       args.lda = g.pitch;
-      args.segment = st.pack.bf16 ? INT_MAX : st.m == 2 ? kFineSegment : kSegment;
+      args.segment = chain_.segment(st);
       args.taps = &tap;
       args.tap_count = 1;
       args.words = st.pack.words;

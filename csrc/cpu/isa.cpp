@@ -68,6 +68,15 @@ bool detect(Isa isa) { return isa == Isa::kPortable; }
 Isa best() { return Isa::kPortable; }
 #endif
 
+bool is_intel() {
+#if defined(__x86_64__)
+  static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+  return intel;
+#else
+  return false;
+#endif
+}
+
 std::atomic<const Kernels*> selected{nullptr};
 
 }  // namespace
@@ -122,19 +131,6 @@ const Kernels& kernels() {
   }
   return *k;
 }
-
-namespace {
-
-bool is_intel() {
-#if defined(__x86_64__)
-  static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
-  return intel;
-#else
-  return false;
-#endif
-}
-
-}  // namespace
 
 double wide_tile_cost() {
   // Sapphire Rapids: 14 x 32 reaches 0.72 of the FMA peak and 6 x 64 0.83, bound by loads; Zen 4 and 5: 0.97 with

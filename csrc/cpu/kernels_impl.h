@@ -73,8 +73,9 @@ RF_INLINE void choose_epilogue(const Epilogue& e, F f) {
     auto of_store = [&](auto stream) __attribute__((always_inline)) {
       e.residual ? f(bf16, stream, Whole<true>{}) : f(bf16, stream, Whole<false>{});
     };
-    if ((kStreamsBf16 || !decltype(bf16)::value) && e.stream)
-      of_store(Whole < kStreamsBf16 || !decltype(bf16)::value > {});
+    constexpr bool kCanStream = kStreamsBf16 || !decltype(bf16)::value;
+    if (kCanStream && e.stream)
+      of_store(Whole<kCanStream>{});
     else
       of_store(Whole<false>{});
   };
@@ -257,6 +258,14 @@ RF_INLINE void store_to(float* const (&out)[2], const Vec (&c)[Rows][Vectors]) {
   }
 }
 
+// `partial`: whether there are sums in memory to add to.
+template <int Rows, int Vectors>
+RF_INLINE void flush(bool& partial, float* const (&out)[2], Vec (&c)[Rows][Vectors]) {
+  if (partial) add_from(out, c);
+  store_to(out, c);
+  partial = true;
+}
+
 // The sums of one panel, whose vectors are from kFirst on, to their pixels. The arguments by value: see epilogue_rows.
 template <bool kBf16, bool kStream, bool kResidual, int kFirst, int Rows, int Vectors>
 RF_INLINE void write_rows(const Epilogue e, const int32_t* const first, const int32_t* const second,
@@ -283,16 +292,16 @@ RF_INLINE void write_to_pixels(const GemmArgs& args, const Vec (&c)[Rows][Vector
   });
 }
 
-// The end of a tile's products. `partial`: whether there are sums in memory to add to.
+// The end of a tile's products.
 template <int Rows, int Vectors>
 RF_INLINE void finish(const GemmArgs& args, bool partial, float* const (&out)[2], Vec (&c)[Rows][Vectors]) {
-  if (partial) add_from(out, c);
   if (!args.epilogue) {
-    store_to(out, c);
+    flush(partial, out, c);
     return;
   }
+  if (partial) add_from(out, c);
   write_to_pixels<0>(args, c);
-  if (Vectors > 2) write_to_pixels<Vectors - 2>(args, c);
+  if constexpr (Vectors > 2) write_to_pixels<2>(args, c);
 }
 
 constexpr int kUnroll = 4;
@@ -319,9 +328,7 @@ void gemm(GemmArgs& args) {
     if (kPanels > 1) b[kPanels - 1] = reinterpret_cast<const float*>(args.b2 + args.taps[t].b);
     for (int k0 = 0; k0 < args.words; k0 += args.segment) {
       if (k0 > 0 || args.taps[t].chain != chain) {
-        if (partial) add_from(out, c);
-        store_to(out, c);
-        partial = true;
+        flush(partial, out, c);
         clear(c);
         chain = args.taps[t].chain;
       }
@@ -368,9 +375,7 @@ void gemm_row(GemmArgs& args) {
     const float* b = reinterpret_cast<const float*>(args.b + args.taps[t].b);
     for (int k0 = 0; k0 < args.words; k0 += args.segment) {
       if (k0 > 0 || args.taps[t].chain != chain) {
-        if (partial) add_from(out, c);
-        store_to(out, c);
-        partial = true;
+        flush(partial, out, c);
         clear(c);
         chain = args.taps[t].chain;
       }
