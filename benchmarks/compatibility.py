@@ -2,7 +2,7 @@
 
     python benchmarks/compatibility.py [--only NAME]
 
-writes benchmarks/results/compatibility.json, from which render.py makes the table. The tests measure the same models,
+writes benchmarks/results/compatibility.json, from which report.py makes the table. The tests measure the same models,
 with the same functions, against the floors that stand here.
 """
 

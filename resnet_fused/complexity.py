@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .fuse import check_model
+from .fuse import check_model, check_tensor
 from .fusion import unfused
 from .mixins import original_class
 from .tables import render
@@ -113,9 +113,10 @@ def info(model: nn.Module, x: Tensor) -> Info:
         The numbers; print them for a table.
 
     Raises:
-        InputError: `model` is no module, or in train mode.
+        InputError: `model` is no module, or in train mode; `x` is no tensor.
     """
     check_model("model", model)
+    check_tensor("x", x)
     counter = _Counter(model)
     handles = [handle for name, module in model.named_modules() for handle in counter.watch(name, module)]
     try:

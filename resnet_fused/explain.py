@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import gpu_timer, plan
 from .errors import InputError
-from .fuse import check_model, fusions
+from .fuse import check_model, check_tensor, fusions
 from .roofline import DTYPES, Machine, Placement, dtype_name, flops, layer_traffic, measure, placement, total, traffic
 from .tables import render
 
@@ -33,7 +33,7 @@ class PlanRow:
     Attributes:
         block: path in the model, first and last module of a chain.
         kernel: the op, `"unfused"` for a convolution through torch.
-        backend: `"cpu"`, `"vendor"`, `"reference"`; `"torch"` if unfused.
+        backend: `"cpu"`, `"cuda"`, `"triton"`, `"vendor"` or `"reference"`; `"torch"` if unfused.
         algorithm: of the backend; those of its layers, if the block runs layer by layer.
         why: the reason for that choice, with the predicted times that it was made by, or the reason for none.
         flops: of its convolutions, of a head those of the linear layer.
@@ -170,9 +170,10 @@ def explain(fast: nn.Module, x: Tensor, roofline: bool | Machine = False) -> Pla
         The plan; print it for a table.
 
     Raises:
-        InputError: `fast` is no module, or in train mode; there is no roofline for the dtype of `x`.
+        InputError: `fast` is no module, or in train mode; `x` is no tensor; there is no roofline for the dtype of `x`.
     """
     check_model("fast", fast)
+    check_tensor("x", x)
     machine = _machine(roofline, x)
     watch = _Watch(fast, x, machine)
     # In inference mode torch would hand over composite operators that contain a convolution.

@@ -72,7 +72,11 @@ def unfuse(model: M, inplace: bool = False) -> M:
 
     Returns:
         The model, unfused. Modules of `resnet_fused.nn` fuse themselves, so they stay as they are.
+
+    Raises:
+        InputError: `model` is no module.
     """
+    check_module("model", model)
     target = model if inplace else copy.deepcopy(model)
     restore(target)
     for module in target.modules():
@@ -94,12 +98,23 @@ def fusions(model: nn.Module) -> dict[str, Fusion]:
     return found
 
 
-def check_model(argument: str, model: object) -> None:
-    """Raise InputError unless `model` is a module in eval mode."""
+def check_module(argument: str, model: object) -> nn.Module:
+    """Return `model`; raises InputError unless it is a module."""
     if not isinstance(model, nn.Module):
         raise InputError(f"{argument} must be a torch.nn.Module, got {type(model).__name__}")
-    if model.training:
+    return model
+
+
+def check_model(argument: str, model: object) -> None:
+    """Raise InputError unless `model` is a module in eval mode."""
+    if check_module(argument, model).training:
         raise InputError(f"{argument} must be in eval mode, got {type(model).__name__} in train mode (call eval())")
+
+
+def check_tensor(argument: str, value: object) -> None:
+    """Raise InputError unless `value` is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"{argument} must be a torch.Tensor, got {type(value).__name__}")
 
 
 def apply(found: Search, model: nn.Module) -> None:

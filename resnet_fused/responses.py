@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import InputError
-from .fuse import check_model
+from .fuse import check_model, check_tensor
 from .fusion import unfused
 from .matchers.layers import is_norm
 from .tables import render
@@ -78,9 +78,10 @@ def layer_responses(model: nn.Module, x: Tensor) -> Responses:
         The responses; print them for a table.
 
     Raises:
-        InputError: `model` is no module, in train mode, or runs no 3x3 convolution.
+        InputError: `model` is no module, in train mode, or runs no 3x3 convolution; `x` is no tensor.
     """
     check_model("model", model)
+    check_tensor("x", x)
     stds: dict[str, float] = {}
     outputs = WeakTensorKeyDictionary()  # a convolution's output to the convolution's path
     handles = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import InputError
-from .fuse import check_model, fusions
+from .fuse import check_model, check_tensor, fusions
 from .fusion import Fusion, unfused
 from .tables import render
 
@@ -108,14 +108,17 @@ def verify(model: nn.Module, fast: nn.Module, x: Tensor) -> Report:
         The report; print it for a table.
 
     Raises:
-        InputError: an argument is no module or in train mode, `fast` holds nothing fused, or the two models differ.
+        InputError: an argument is no module, in train mode or no tensor, `fast` holds nothing fused, or the two models differ.
     """
     check_model("model", model)
     check_model("fast", fast)
+    check_tensor("x", x)
     blocks = fusions(fast)
     if not blocks:
         raise InputError(f"fast must be a fused model, got {type(fast).__name__} with nothing fused in it")
     paths = {id(module): name for name, module in fast.named_modules()}
+    with torch.no_grad():
+        fused = outputs(fast(x))
     exact_model = copy.deepcopy(model).double()
     rows: dict[str, ParityRow] = {}
     handles = []
@@ -134,8 +137,6 @@ def verify(model: nn.Module, fast: nn.Module, x: Tensor) -> Report:
     finally:
         for handle in handles:
             handle.remove()
-    with torch.no_grad():
-        fused = outputs(fast(x))
     if [t.shape for t in fused] != [t.shape for t in plain]:
         raise InputError(f"fast must give outputs of the model's shapes, {shapes(plain)}, got {shapes(fused)}")
     allowance = sum(fast_limit(fusion, x) for fusion in blocks.values())

@@ -402,6 +402,16 @@ def test_wrong_input_of_a_fused_model():
         fast(images(dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="channels"):
         fast(images(channels=4))
+    with pytest.raises(ValueError, match=r"weight.device must be that of x, meta, got cpu"):
+        fast(images().to("meta"))
+    with pytest.raises(TypeError, match="conv2d"):  # what the unfused model says
+        fast("x")
+
+
+def test_on_the_meta_device():
+    """Which has no autocast to be asked for."""
+    model = tiny().to("meta")
+    assert rf.fuse(tiny()).to("meta")(images().to("meta")).shape == model(images().to("meta")).shape
 
 
 # --- staying right --------------------------------------------------------------------------------------------------

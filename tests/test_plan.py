@@ -1,5 +1,7 @@
 """The choice of backend and algorithm."""
 
+import dataclasses
+
 import pytest
 import torch
 from support import EXAMPLES, bottleneck_case, conv_case
@@ -80,6 +82,17 @@ def test_strict_leaves_onednn_out_of_long_float32_sums():
         assert ("vendor onednn" in dict(choice.seconds)) == considered
         assert ("128 products, here are 576" in choice.reason) != considered
     assert choose(long, backend="vendor").backend == "vendor"
+
+
+@needs_native
+@pytest.mark.parametrize("name", SHAPES)
+def test_workspace_does_not_grow_with_batch_and_height(name):
+    shape = SHAPES[name]
+    for algorithm in plan.algorithms(shape, torch.float32, "fast"):
+        sizes = [shape, *(dataclasses.replace(shape, **change) for change in ({"n": 256}, {"h": 8 * shape.h}))]
+        costs = [native.bindings.cost(shape.op, size.dims(), "float32", algorithm, 2) for size in sizes]
+        assert len({cost["workspace_bytes"] for cost in costs}) == 1
+        assert costs[0]["workspace_bytes"] < 2**21
 
 
 @pytest.mark.parametrize(

@@ -105,12 +105,14 @@ def test_fast_accuracy_has_a_limit_of_its_own():
         (lambda: (tiny(), tiny()), "fast must be a fused model, got TinyResNet with nothing fused"),
         (lambda: (nn.Identity().eval(), rf.fuse(tiny())), "model must have the module 'conv1' .* got Identity"),
         (lambda: (3, rf.fuse(tiny())), r"model must be a torch.nn.Module, got int"),
+        (lambda: (tiny(), rf.fuse(tiny()), "x"), r"x must be a torch.Tensor, got str"),
+        (lambda: (tiny(), rf.fuse(tiny()), images(channels=4)), "4 channels coming in, got 3"),
         (lambda: (tiny(TinyBackbone), rf.fuse(tiny())), "fast must give outputs of the model's shapes"),
     ],
 )
 def test_bad_input_of_verify(arguments, message):
     with pytest.raises(InputError, match=message):
-        rf.verify(*arguments(), images())
+        rf.verify(*(*arguments(), images())[:3])
 
 
 def test_plan():

@@ -1,7 +1,7 @@
 // The leaf kernels: everything that depends on the instruction set, behind one table of function pointers.
 //
 // One source (kernels_impl.h) is compiled once per instruction set (kernels_*.cpp), each with its own compiler
-// flags; the loops around the leaves (chain.cpp, stem.cpp) are compiled once, without any. No std container is used
+// flags; the loops around the leaves (chain.cpp, dense.cpp) are compiled once, without any. No std container is used
 // inside the leaves: a template instantiated there with AVX-512 flags could be picked by the linker for everybody.
 #pragma once
 #include <cstddef>

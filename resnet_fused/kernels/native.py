@@ -1,11 +1,13 @@
 """Loads the native library (`_native.so`: tensor ops) and its Python bindings (`_bindings`: kernel table, cost model).
 
-Neither has to be there: importing never fails, and `reason()` keeps why.
+Neither has to be there: importing never fails, and `reason()` keeps why. One that is there and cannot be used is also
+warned of.
 """
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -38,19 +40,25 @@ def isa() -> str:
 
 def load() -> None:
     """Load the library and the bindings, once the private ops' schemas are defined; keep the reason on failure."""
-    global bindings, _reason
+    global _reason
     if not LIBRARY_PATH.exists():
         _reason = f"{LIBRARY_PATH} is not there: the package was installed without its native library"
         return
+    _reason = _why_unusable()
+    if _reason is not None:
+        warnings.warn(f"the kernels of resnet_fused are not used: {_reason}", RuntimeWarning, stacklevel=2)
+
+
+def _why_unusable() -> str | None:
+    """Load what is there; the reason if that fails."""
+    global bindings
     try:
         torch.ops.load_library(LIBRARY_PATH)
         loaded = importlib.import_module("resnet_fused._bindings")
         loaded.isa()  # chosen here, so that a wrong RESNET_FUSED_CPU_ISA is told at once
-        bindings = loaded
     except ValueError as error:
-        _reason = f"RESNET_FUSED_CPU_ISA cannot be used: {error}"
-        return
+        return f"RESNET_FUSED_CPU_ISA cannot be used: {error}"
     except (OSError, ImportError, RuntimeError) as error:
-        _reason = f"{LIBRARY_PATH.name} does not load: {' '.join(str(error).split())}"
-        return
-    _reason = None
+        return f"{LIBRARY_PATH.name} does not load: {' '.join(str(error).split())}"
+    bindings = loaded
+    return None

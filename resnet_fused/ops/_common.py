@@ -1,4 +1,4 @@
-"""What the four ops share: checks of their arguments, the memory-format rule, and registration."""
+"""What the ops share: checks of their arguments, the memory-format rule, and registration."""
 
 from __future__ import annotations
 
