@@ -108,7 +108,7 @@ def verify(model: nn.Module, fast: nn.Module, x: Tensor) -> Report:
         The report; print it for a table.
 
     Raises:
-        InputError: an argument is no module, in train mode or no tensor, `fast` holds nothing fused, or the two models differ.
+        InputError: a model is no module or in train mode, `fast` holds nothing fused, the two differ, `x` is no tensor.
     """
     check_model("model", model)
     check_model("fast", fast)
