@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
 
 from . import ops
@@ -21,6 +24,19 @@ from .settings import resolve_backend
 
 address = Tensor.data_ptr
 version = operator.attrgetter("_version")
+
+
+def count_fused_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Hook after the steps of all optimizers: those with `fused=True` do not count what they do to parameters.
+
+    All others do, and what is folded, packed and recorded here goes by that count.
+    """
+    if not torch.compiler.is_compiling():
+        changed = [group["params"] for group in optimizer.param_groups if group.get("fused")]
+        torch.autograd.graph.increment_version(itertools.chain.from_iterable(changed))
+
+
+register_optimizer_step_post_hook(count_fused_step)
 
 
 class _State(threading.local):
@@ -77,6 +93,8 @@ def restore_format(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
     That is channels_last if the first 4-D input is, or if the weights are; contiguous otherwise.
     """
+    if transformed():
+        return output
     images = [t for t in pytree.tree_leaves(output) if is_image(t) and only_channels_last(t)]
     if not images:
         return output
@@ -96,6 +114,13 @@ def is_image(value: Any) -> bool:
 def only_channels_last(t: Tensor) -> bool:
     """Whether a tensor is channels_last and not also contiguous, as every tensor of 1x1 images is."""
     return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def transformed() -> bool:
+    """Whether tensors are more than their values: inside jvp, vmap or grad of torch.func, or a dual level."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 OWN_HOOKS = (enter, leave, restore_format)
@@ -149,6 +174,28 @@ def is_watched(block: nn.Module) -> bool:
     return any(hook_stores(block)) or any(name in block.__dict__ for name in CALL_ATTRIBUTES)
 
 
+IRRELEVANT = (
+    *("inplace", "momentum", "transposed", "output_padding", "affine", "track_running_stats"),
+    *("eps", "kernel_size", "in_channels", "out_channels", "num_features"),  # read anew, or off the tensors
+)
+"""Attributes of torch's modules that may change without a change of what a fused op has to compute."""
+
+
+def attributes(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """A module's own numbers, flags and names, on which its forward may depend, as (its dictionary, key, value)."""
+    store = module.__dict__
+    return [(store, k, v) for k, v in store.items() if k not in _MODULE and k not in IRRELEVANT and _is_plain(v)]
+
+
+_MODULE = frozenset(nn.Module().__dict__)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str))
+
+
 @dataclass
 class Watched:
     """What is looked at on every call of a piece of a model, or of neighbouring ones, before it runs fused.
@@ -161,6 +208,7 @@ class Watched:
         whole: dictionaries of children that must not grow either.
         size: how many children they had.
         owners: modules whose forward has to be running.
+        attributes: what the forwards may read that is no tensor and no module, as (dictionary, key, value when fused).
         norms: BatchNorms whose eps is read.
         sources: where the tensors are kept that scales and shifts depend on, as (dictionary, key).
         weights: where those of the convolutions are.
@@ -174,6 +222,7 @@ class Watched:
     whole: list[dict[str, nn.Module | None]]
     size: int
     owners: list[nn.Module]
+    attributes: list[tuple[dict[str, Any], str, Any]]
     norms: list[Any]
     sources: list[tuple[dict[str, Tensor], str]]
     weights: list[tuple[dict[str, Tensor], str]]
@@ -203,6 +252,8 @@ class Watched:
             return "a hook on a module inside it"
         if self.changed():
             return "a module inside it was replaced after fusing"
+        if any([store.get(name) != value for store, name, value in self.attributes]):
+            return "an attribute of a module inside it was changed after fusing"
         if any([m.training for m in self.present]):
             return "a module inside it is in train mode"
         # torch.compile would take a parameter that is looked at here for one of variable size.
@@ -222,6 +273,8 @@ class Watched:
             return "the model's forward was replaced"
         if device is not None and device.type != "meta" and torch.is_autocast_enabled(device.type):  # which has none
             return "autocast is on"
+        if transformed():
+            return "inside a transform of torch.func or forward-mode differentiation"
         return None
 
     def eps(self) -> list[float]:
@@ -238,6 +291,7 @@ class Watched:
             *self.inside,
             *((module.__dict__, name) for module in self.present for name in ("training", *CALL_ATTRIBUTES)),
             *((norm.__dict__, "eps") for norm in self.norms),
+            *((store, name) for store, name, _ in self.attributes),
             *self.sources,
             *self.weights,
             *((store, "bias") for store, _ in self.weights),
@@ -299,12 +353,17 @@ class Fusion:
             whole=list(whole),
             size=sum(map(len, whole)),
             owners=[] if owner is None else [owner],
+            attributes=[],
             norms=[layer.norm for layer in layers if layer.norm is not None and layer.eps is None],
             sources=[source for layer in layers for source in layer.sources()],
             weights=[(conv._parameters, "weight") for conv in self.convs],  # type: ignore[misc]
             plain=[conv.bias is None for conv in self.convs],
         )
         self.watched.watch([m for m in modules if m is not None])
+        self.watched.attributes = [
+            *(entry for m in dict.fromkeys((*self.steps, *self.watched.present)) for entry in attributes(m)),
+            *(entry for m in self.watched.owners for entry in attributes(m) if isinstance(entry[2], (bool, str))),
+        ]
         self._first = self.convs[0]
 
     def __getstate__(self) -> dict[str, Any]:

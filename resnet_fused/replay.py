@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import plan
-from .fusion import CALL_ATTRIBUTES, Fusion, Watched, hook_stores, is_watched
+from .fusion import CALL_ATTRIBUTES, Fusion, Watched, hook_stores, is_watched, transformed
 from .kernels import native
 from .settings import resolve_backend
 
@@ -134,7 +134,7 @@ def _plain(x: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not transformed()
         and not torch.autograd._profiler_enabled()
         and not _has_any_global_hook()
     )

@@ -82,6 +82,7 @@ class Route:
             whole=stages,
             size=sum(map(len, stages)),
             owners=[owner],
+            attributes=[],
             norms=[],
             sources=[],
             weights=[],

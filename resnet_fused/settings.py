@@ -31,7 +31,7 @@ def one_of(argument: str, value: str, allowed: tuple[str, ...]) -> str:
 class _State(threading.local):
     # Set per thread in __init__, not on the class: torch.compile guards on what it finds in the instance.
     def __init__(self) -> None:
-        self.backend = os.environ.get("RESNET_FUSED_BACKEND", "auto")
+        self.backend = os.environ.get("RESNET_FUSED_BACKEND") or "auto"
 
 
 _state = _State()
@@ -59,8 +59,12 @@ def backend(name: str) -> Iterator[None]:
 
 
 def resolve_backend(name: str) -> str:
-    """The backend that a call asking for `name` gets: for `"auto"` that of the surrounding `backend(...)`."""
-    return _state.backend if name == "auto" else name
+    """The backend that a call asking for `name` gets: for `"auto"` that of the surrounding `backend(...)`.
+
+    Raises:
+        InputError: the environment names no backend.
+    """
+    return one_of("RESNET_FUSED_BACKEND", _state.backend, BACKENDS) if name == "auto" else name
 
 
 def cache_folder() -> Path:

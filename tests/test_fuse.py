@@ -429,7 +429,15 @@ def test_state_dict_both_ways():
     fast.load_state_dict(tiny().state_dict(), assign=True)
 
 
+def fused_step(model):
+    """Of an optimizer that does not count its steps as changes."""
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.3)
+    torch.optim.SGD(model.parameters(), 0.5, fused=True).step()
+
+
 CHANGES = {
+    "fused optimizer": lambda m, other: fused_step(m),
     "load_state_dict": lambda m, other: m.load_state_dict(other.state_dict()),
     "assign": lambda m, other: m.load_state_dict(copy.deepcopy(other.state_dict()), assign=True),
     "in place": lambda m, other: [t.copy_(other.state_dict()[name]) for name, t in m.state_dict().items()],
@@ -725,3 +733,129 @@ def test_dataflow_with_extra_arguments():
         torch.testing.assert_close(fast(x, 2.0), block(x, 2.0))
         torch.testing.assert_close(fast(x=x), block(x))
         torch.testing.assert_close(fast(x), block(x))
+
+
+# --- forwards that do something else on other calls ------------------------------------------------------------------
+
+
+class Clamped(plain.BasicBlock):
+    def forward(self, x):
+        return super().forward(x).clamp(max=20.0)
+
+
+class WithoutNaN(plain.BasicBlock):
+    def forward(self, x):
+        return torch.nan_to_num(super().forward(x))
+
+
+class NotAlone(plain.BasicBlock):
+    def forward(self, x):
+        return x if x.shape[0] == 1 else super().forward(x)
+
+
+class Storing(plain.BasicBlock):
+    def forward(self, x):
+        self.features = super().forward(x)
+        return self.features
+
+
+class Checked(plain.BasicBlock):
+    """Nothing else for any number of channels that can come in."""
+
+    def forward(self, x):
+        if x.shape[1] != 16:
+            raise ValueError(f"16 channels, got {x.shape[1]}")
+        return super().forward(x)
+
+
+def two(block):
+    torch.manual_seed(0)
+    return nn.Sequential(plain.BasicBlock(16, 16), block(16, 16)).eval()
+
+
+@pytest.mark.parametrize(
+    ("block", "extreme"),
+    [
+        (Clamped, lambda x: 30 * x),
+        (WithoutNaN, lambda x: torch.where(x > 3, torch.nan, x)),
+        (NotAlone, lambda x: x[:1]),
+        (Storing, lambda x: x),
+    ],
+)
+def test_a_block_that_does_more_is_no_block(block, extreme):
+    model = two(block)
+    fast, x = rf.fuse(model), extreme(images(channels=16))
+    torch.testing.assert_close(fast(x), model(x), equal_nan=True)
+    assert vars(fast[1]).keys() - vars(model[1]).keys() <= {"_fused_op"}
+    torch.testing.assert_close(getattr(fast[1], "features", 0), getattr(model[1], "features", 0))
+    rows = rf.explain(fast, images(channels=16)).rows
+    assert "basic_block" not in [row.kernel for row in rows if row.block.startswith("1")]
+
+
+def test_a_block_that_checks_its_channels_is_one():
+    fast = rf.fuse(two(Checked))
+    assert [row.kernel for row in rf.explain(fast, images(channels=16)).rows] == ["basic_block"] * 2
+
+
+class Switched(plain.BasicBlock):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.skip = False
+
+    def forward(self, x):
+        return x if self.skip else super().forward(x)
+
+
+ATTRIBUTES = {
+    "dilation": lambda m: [setattr(m.conv1, name, (2, 2)) for name in ("dilation", "padding")],
+    "padding mode": lambda m: setattr(m.conv2, "padding_mode", "circular"),
+    "own flag": lambda m: setattr(m, "skip", True),
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes_changed_after_fusing(name):
+    model = two(Switched)
+    fast, x = rf.fuse(model), images(channels=16)
+    with torch.no_grad():
+        fast(x)
+        for m in (model, fast):
+            ATTRIBUTES[name](m[1])
+        torch.testing.assert_close(fast(x), model(x))
+    rows = {row.block: row.why for row in rf.explain(fast, x).rows if row.block.startswith("1")}
+    assert name == "own flag" or all("an attribute of a module inside it was changed" in why for why in rows.values())
+
+
+def test_flag_of_the_model_changed_after_fusing():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.normalised = plain.conv3x3(16, 16), nn.BatchNorm2d(16), True
+            self.norm.running_var.fill_(3.0)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.norm(x) if self.normalised else x
+
+    model = Net().eval()
+    fast, x = rf.fuse(model), images(channels=16)
+    assert rf.explain(fast, x).rows[0].kernel == "conv_bn_act"
+    model.normalised = fast.normalised = False
+    torch.testing.assert_close(fast(x), model(x))
+
+
+def test_transforms_of_torch_func_and_forward_mode():
+    model = two(plain.BasicBlock)
+    fast, x = rf.fuse(model), images(channels=16)
+    for transformed in (
+        lambda m: torch.func.jvp(m, (x,), (x,)),
+        lambda m: torch.func.grad(lambda t: m(t).square().sum())(x),
+        lambda m: torch.vmap(m)(x[:, None]),
+    ):
+        torch.testing.assert_close(transformed(fast), transformed(model))
+    with torch.autograd.forward_ad.dual_level():
+        tangents = [
+            torch.autograd.forward_ad.unpack_dual(m(torch.autograd.forward_ad.make_dual(x, x))).tangent
+            for m in (fast, model)
+        ]
+    torch.testing.assert_close(*tangents)

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from ..fusion import Fusion, unfused
 from ..graph import GraphFusion
 from ..mixins import FUSED_ATTRIBUTES, original_class
+from .forwards import check_forward
 from .layers import Refused, is_norm, pair
 
 TOLERANCE = 1e-4  # of the output's largest magnitude, in float32: a sum in another order differs by 1e-6
@@ -62,6 +63,9 @@ class Prober:
             for i, candidate in enumerate(candidates):
                 y = run_candidate(candidate, x)
                 if y.shape == expected.shape and (y - expected).abs().max().item() <= limit:  # false for NaN
+                    if not isinstance(candidate, GraphFusion):  # which runs what it does not fuse
+                        for step in first.steps:
+                            check_forward(step, x.shape[1])
                     return i
         kinds = " or ".join(dict.fromkeys(candidate.op for candidate in candidates))
         raise Refused(f"looks like {kinds} but computes something else")
@@ -103,8 +107,13 @@ def probe_shape(fusion: Fusion) -> tuple[int, int, int, int]:
 
 
 def run_original(steps: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """The output of the original modules."""
+    """The output of the original modules.
+
+    Raises:
+        Refused: they do something besides.
+    """
     state = torch.get_rng_state()
+    before = {module: dict(module.__dict__) for step in steps for module in step.modules()}
     y = x.clone()
     try:
         for step in steps:
@@ -112,12 +121,26 @@ def run_original(steps: Sequence[nn.Module], x: Tensor) -> Tensor:
     except Exception as error:
         message = " ".join(str(error).split())[:100]
         raise Refused(f"does not run on one image tensor: {message}") from None
+    finally:
+        stored = [name for module, attributes in before.items() for name in restore(module, attributes)]
+    if stored:
+        raise Refused(f"stores {stored[0]} in its forward")
     if not torch.equal(state, torch.get_rng_state()):
         torch.set_rng_state(state)
         raise Refused("draws random numbers in eval mode")
     if not isinstance(y, Tensor):
         raise Refused(f"returns a {type(y).__name__}, not a tensor")
     return y
+
+
+def restore(module: nn.Module, attributes: dict[str, Any]) -> list[str]:
+    """Give a module the attributes back that it had, and return the names of those that were others."""
+    now = module.__dict__
+    stored = [name for name in {**attributes, **now} if now.get(name, now) is not attributes.get(name, now)]
+    now.update(attributes)
+    for name in now.keys() - attributes.keys():
+        del now[name]
+    return stored
 
 
 def run_candidate(candidate: Fusion, x: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ Spec = tuple[torch.Size, torch.dtype, torch.device]
 
 def spec(t: Tensor) -> Spec:
     """Shape, dtype and device of a tensor."""
+    if t is None:
+        raise InputError("x and every weight and shift must be tensors, got None")
     return t.shape, t.dtype, t.device
 
 
@@ -135,18 +137,22 @@ def check_outputs(name: str, weight: Spec, channels: int) -> None:
         raise InputError(f"{name}.shape[0] must be {channels}, got {weight[0][0]}")
 
 
+MOST = 2**20
+"""Of a stride, padding or dilation: the kernels compute positions in 32 bits."""
+
+
 def check_number(least: int, **values: int) -> None:
-    """Integers that must not be below `least`."""
+    """Integers that must not be below `least`, nor above `MOST`."""
     for name, value in values.items():
-        if value < least:
-            raise InputError(f"{name} must be at least {least}, got {value}")
+        if not least <= value <= MOST:
+            raise InputError(f"{name} must be at least {least} and at most {MOST}, got {value}")
 
 
 def check_pair(least: int, **values: Sequence[int]) -> None:
-    """Pairs of integers that must not be below `least`."""
+    """Pairs of integers that must not be below `least`, nor above `MOST`."""
     for name, value in values.items():
-        if len(value) != 2 or min(value) < least:
-            raise InputError(f"{name} must be one or two integers of at least {least}, got {tuple(value)}")
+        if len(value) != 2 or not least <= min(value) <= max(value) <= MOST:
+            raise InputError(f"{name} must be one or two integers from {least} to {MOST}, got {tuple(value)}")
 
 
 def check_window(
