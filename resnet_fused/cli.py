@@ -39,7 +39,7 @@ Model = Annotated[str, typer.Argument(help="A model of resnet_fused.models.")]
 Batch = Annotated[int, typer.Option(help="Pictures in a batch.")]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Accuracy = Annotated[str, typer.Option(help="strict, or fast: Winograd in fp32 too.")]
+Accuracy = Annotated[str, typer.Option(help="strict, or fast: allows Winograd F(4x4, 3x3) in fp32.")]
 Backend = Annotated[str, typer.Option(help="auto, or one backend for every block.")]
 
 

@@ -36,7 +36,7 @@ class Fused:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The fused op in eval mode, the original forward otherwise."""
-        if args and isinstance(args[0], fx.Proxy):
+        if args and isinstance(args[0], fx.Proxy) and getattr(args[0].tracer, "root", None) is not self:
             return call_module(self, args, kwargs)
         fusion = self._fused_op
         if fusion is not None and not kwargs and len(args) == 1:

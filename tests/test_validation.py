@@ -43,9 +43,10 @@ BAD = {
         "float32",
         "float16",
     ),
-    "stride": (Case("conv_bn_act", CONV.args, {"stride": 0}), "stride", "at least 1", "0"),
+    "stride": (Case("conv_bn_act", CONV.args, {"stride": 0}), "stride", "from 1 to", "0"),
+    "huge stride": (Case("conv_bn_act", CONV.args, {"stride": 2**31}), "stride", "to 1048576", "2147483648"),
     "three strides": (Case("conv_bn_act", CONV.args, {"stride": (1, 1, 1)}), "stride", "one or two", "(1, 1, 1)"),
-    "padding": (Case("conv_bn_act", CONV.args, {"padding": (0, -1)}), "padding", "at least 0", "(0, -1)"),
+    "padding": (Case("conv_bn_act", CONV.args, {"padding": (0, -1)}), "padding", "from 0 to", "(0, -1)"),
     "groups": (Case("conv_bn_act", CONV.args, {"groups": 0}), "groups", "at least 1", "0"),
     "groups and channels": (Case("conv_bn_act", CONV.args, {"groups": 3}), "weight.shape[1]", "8 channels", "8 * 3"),
     "groups and outputs": (

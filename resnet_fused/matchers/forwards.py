@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from ..fusion import unfused
-from ..mixins import original_class
+from ..mixins import Fused, original_class
 from .layers import Refused, activation, is_norm
 
 FUNCTIONS: frozenset[Any] = frozenset(
@@ -69,6 +69,14 @@ def is_channels(node: Any) -> bool:
     return isinstance(of, fx.Node) and of.op == "placeholder"
 
 
+def unfused_class(block: nn.Module) -> type[nn.Module]:
+    """The class whose forward a block runs unfused: that of a module that fuses itself stands behind the mixin."""
+    cls = original_class(block)
+    if cls.forward is not Fused.forward:
+        return cls
+    return next(base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, Fused))
+
+
 def check_forward(block: nn.Module, channels: int) -> None:
     """Refuse a block, of so many input channels, whose forward may compute something else than what the probe has seen.
 
@@ -78,7 +86,7 @@ def check_forward(block: nn.Module, channels: int) -> None:
     tracer = _Tracer(block, channels)
     # A shallow copy, so that what the forward sets on itself does not stay: during the trace those are proxies.
     shadow = copy.copy(block)
-    shadow.__class__ = original_class(block)
+    shadow.__class__ = unfused_class(block)
     if tracer.is_leaf_module(block, "") or tracer.is_leaf_module(shadow, ""):
         return
     try:
