@@ -137,6 +137,8 @@ def verify(model: nn.Module, fast: nn.Module, x: Tensor) -> Report:
     finally:
         for handle in handles:
             handle.remove()
+    if not fused:
+        raise InputError(f"fast must give a floating-point tensor, got none from {type(fast).__name__}")
     if [t.shape for t in fused] != [t.shape for t in plain]:
         raise InputError(f"fast must give outputs of the model's shapes, {shapes(plain)}, got {shapes(fused)}")
     allowance = sum(fast_limit(fusion, x) for fusion in blocks.values())
@@ -163,6 +165,8 @@ def check_block(
     rows[name] = ParityRow(name, fusion.op, 0.0, 0.0, 0.0, 0.0, True)  # holds the place while the block runs below
     plain, reference = fusion.run_steps(original, x.clone()), fusion.run_steps(exact, x.double())
     fused = fusion.run(x.clone())
+    if fused.shape != plain.shape:
+        raise InputError(f"fast must give {tuple(plain.shape)} at {name} as the model does, got {tuple(fused.shape)}")
     rows[name] = judge(name, fusion.op, [fused], [plain], [reference], fast_limit(fusion, x))
 
 

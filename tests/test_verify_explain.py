@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from nets import BLOCKS, TinyBackbone, images, tiny
+from nets import BLOCKS, TinyBackbone, TinyResNet, images, tiny
 from torch import nn
 
 import resnet_fused as rf
@@ -97,6 +97,17 @@ def test_fast_accuracy_has_a_limit_of_its_own():
     assert block.limit == pytest.approx(1e-5 * block.magnitude)
 
 
+class SevenClasses(TinyResNet):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(24, 7)
+
+
+class Labels(TinyResNet):
+    def forward(self, x):
+        return super().forward(x).argmax(1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -107,6 +118,8 @@ def test_fast_accuracy_has_a_limit_of_its_own():
         (lambda: (3, rf.fuse(tiny())), r"model must be a torch.nn.Module, got int"),
         (lambda: (tiny(), rf.fuse(tiny()), "x"), r"x must be a torch.Tensor, got str"),
         (lambda: (tiny(), rf.fuse(tiny()), images(channels=4)), "4 channels coming in, got 3"),
+        (lambda: (tiny(Labels), rf.fuse(tiny(Labels))), "fast must give a floating-point tensor, got none from Labels"),
+        (lambda: (tiny(SevenClasses), rf.fuse(tiny())), r"fast must give \(2, 7, 1, 1\) at"),
         (lambda: (tiny(TinyBackbone), rf.fuse(tiny())), "fast must give outputs of the model's shapes"),
     ],
 )
