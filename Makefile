@@ -5,7 +5,7 @@
 #                plants every bug and runs more sanitizers, for half an hour more)
 #   make report  the package beside every peer on this machine, and the report made of it (REPORT="--models resnet18")
 #   make gpu     on a machine with an NVIDIA GPU: prove every kernel, tune, measure, in 10 minutes (docs/gpu.md;
-#                GPU=--full without the limit; WHEEL=path takes the native library from there)
+#                GPU=--full without the limit; WHEEL=path takes the native library from there and compiles nothing)
 #   make build | lint | pytest | native-test | wheel | clean
 #
 # Which torch is installed:
@@ -50,6 +50,10 @@ bench: $(VENV)/.build
 report: $(VENV)/.build $(VENV)/.peers
 	$(BIN)/python benchmarks/suite.py --device $(DEVICE) $(REPORT)
 
+# With a wheel, pip install -e need not compile.
+ifdef WHEEL
+gpu: export RESNET_FUSED_NATIVE := 0
+endif
 gpu: $(if $(WHEEL),,$(VENV)/.cuda) $(VENV)/.test
 	@nvidia-smi -L >/dev/null || { echo "error: make gpu needs an NVIDIA GPU, nvidia-smi sees none" >&2; exit 2; }
 	$(BIN)/python benchmarks/gpu.py $(if $(WHEEL),--wheel $(WHEEL)) $(GPU)

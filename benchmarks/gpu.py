@@ -409,7 +409,9 @@ def suite(job: Job, limit: float) -> Outcome:
     if not (ROOT / "benchmarks/suite.py").exists():
         return Outcome("absent", "there is no benchmarks/suite.py")
     command = [job.python, "benchmarks/suite.py", "--device", "cuda", "--out", str(job.out / "suite")]
-    if not job.full:
+    if job.full:
+        command += ["--full"]
+    else:
         command += ["--models", "resnet50", "--batches", "256", "--dtypes", "bf16", "--seconds", "3", "--limit", "45"]
     return in_turn(job, [("suite", command)], limit)
 

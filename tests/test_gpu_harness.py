@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 import zipfile
@@ -17,8 +18,11 @@ from typing import Any
 import gpu
 import launches
 import pytest
+import suite
 import torch
+import typer
 from gpu import Group, Job, Outcome, Step
+from typer.testing import CliRunner
 
 from resnet_fused import gpu_timer
 from resnet_fused.errors import BackendError
@@ -209,6 +213,61 @@ def test_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         archive.writestr("resnet_fused/__init__.py", "")
     with pytest.raises(SystemExit, match="it has none"):
         gpu.take_wheel(wheel)
+
+
+def python_calls(tmp_path: Path, *arguments: str) -> list[str]:
+    """Every call of `$(VENV)/bin/python` by `make gpu`, RESNET_FUSED_NATIVE first; a stand-in notes them."""
+    calls, programs = tmp_path / "calls", tmp_path / "venv/bin"
+    programs.mkdir(parents=True)
+    (programs.parent / "pyvenv.cfg").touch()
+    for name, script in (("python", f'echo "${{RESNET_FUSED_NATIVE-unset}} $*" >> {calls}'), ("nvidia-smi", "")):
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    command = ["make", "gpu", "DEVICE=cuda", f"VENV={programs.parent}", *arguments]
+    choices = ("RESNET_FUSED_NATIVE", "WHEEL", "GPU", "MAKEFLAGS")  # of the make that runs the tests
+    environment = {name: value for name, value in os.environ.items() if name not in choices}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    return calls.read_text().splitlines()
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_make_compiles_nothing_where_there_is_a_wheel(tmp_path: Path) -> None:
+    compiled, taken = python_calls(tmp_path / "a"), python_calls(tmp_path / "b", "WHEEL=a.whl", "GPU=--full")
+    assert sum("install --no-build-isolation -e" in call for call in taken) == 2
+    assert {call.split()[0] for call in compiled} == {"unset"}
+    assert {call.split()[0] for call in taken} == {"0"}
+    assert not any("nvcc" in call for call in taken)
+    assert compiled[-1] == "unset benchmarks/gpu.py"
+    assert taken[-1] == "0 benchmarks/gpu.py --wheel a.whl --full"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_suite_is_asked_for_the_whole_table_or_one_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    asked: list[suite.Suite] = []
+    program = typer.Typer()
+    program.command()(suite.main)
+
+    def run(self: Job, command: list[str], name: str, limit: float) -> gpu.Finished:
+        outcome = CliRunner().invoke(program, command[2:])
+        return gpu.Finished(outcome.exit_code, 0.0, tmp_path / "log")
+
+    def measure(given: suite.Suite) -> tuple[list[str], bool]:
+        asked.append(given)
+        return [], False
+
+    monkeypatch.setattr(Job, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(suite, "measure", measure)
+    monkeypatch.setattr(suite.pages, "write", lambda folder: folder / "report.html")
+    outcome = gpu.suite(Job(tmp_path, sys.executable, None if full else 10.0, jobs=1), 60)
+    assert (outcome.status, outcome.failures) == ("ok", [])
+    (given,) = asked
+    assert (given.device, given.out) == ("cuda", tmp_path / "suite")
+    table = (suite.FULL_MODELS, suite.FULL_BATCHES, suite.DTYPES["cuda"])
+    assert (given.models, given.batches, given.dtypes) == (table if full else (("resnet50",), (256,), ("bf16",)))
+    assert given.seconds == (10.0 if full else 3.0)
 
 
 def test_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
