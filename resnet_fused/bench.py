@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from . import environment, models
-from .errors import InputError
+from .errors import InputError, WorkerError
 from .explain import explain
 from .fuse import fuse
 from .kernels import native
@@ -297,7 +298,7 @@ def run_worker(spec: dict[str, Any], reuse: bool, on_progress: Callable[[float],
     """Run one worker in a fresh process and return its result.
 
     Raises:
-        RuntimeError: the worker failed; the message ends with the last line it wrote.
+        WorkerError: the worker failed or died; the message says how, with the last line that it wrote.
     """
     env = {key: value for key, value in os.environ.items() if key not in REUSE} | (REUSE if reuse else {})
     command = [sys.executable, "-m", "resnet_fused.bench", json.dumps(spec)]
@@ -318,9 +319,17 @@ def run_worker(spec: dict[str, Any], reuse: bool, on_progress: Callable[[float],
             raise
         if process.wait() != 0 or result is None:
             errors.seek(0)
-            last = (errors.read().strip().splitlines() or ["it wrote nothing"])[-1]
-            raise RuntimeError(f"benchmark worker {spec['task']!r} ended with status {process.returncode}: {last}")
+            raise WorkerError(f"benchmark worker {spec['task']!r} {how_it_ended(process.returncode, errors.read())}")
     return result
+
+
+def how_it_ended(status: int, written: str) -> str:
+    """How a process ended, in words: the signal, or the exit status and the last line that it wrote."""
+    if status < 0:
+        name = signal.Signals(-status).name
+        return f"was ended by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
+    lines = written.strip().splitlines() or ["it wrote nothing"]
+    return f"ended with status {status}: {lines[-1][:300]}"
 
 
 def worker_main(argument: str) -> None:

@@ -20,7 +20,7 @@ from . import environment, models, report
 from . import peers as comparison
 from . import tune as tuning
 from .complexity import info as count
-from .errors import BackendError, InputError
+from .errors import BackendError, InputError, WorkerError
 from .explain import explain as explain_model
 from .fuse import fuse
 from .kernels import cuda, native
@@ -45,12 +45,31 @@ Backend = Annotated[str, typer.Option(help="auto, or one backend for every block
 
 @contextmanager
 def errors_in_one_sentence() -> Iterator[None]:
-    """Turn an error in what the user asked for into one line and exit code 2."""
+    """Turn an error into one line: exit code 2 for what the user asked for, 1 for a process that failed or died."""
     try:
         yield
-    except (InputError, BackendError) as error:
+    except (InputError, BackendError, WorkerError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        raise typer.Exit(1 if isinstance(error, WorkerError) else 2) from None
+
+
+@contextmanager
+def shown_progress(width: int) -> Iterator[benchmark.Progress]:
+    """A bar on stderr, with `width` characters for what is going on; in a log, where there is no bar, a line a step."""
+    errors = Console(stderr=True)
+    columns = (TextColumn(f"{{task.description:<{width}}}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("start", total=1.0)
+        step = ""
+
+        def tell(what: str, share: float) -> None:
+            nonlocal step
+            progress.update(task, description=what[:width], completed=share)
+            if what != step and not errors.is_terminal:
+                print(f"{share:4.0%} {what}", file=sys.stderr, flush=True)
+            step = what
+
+        yield tell
 
 
 @app.command()
@@ -69,7 +88,8 @@ def bench(
 ) -> None:
     """Verify the fused model and time it against the original, on real pictures.
 
-    Exit code 1 if parity does not hold, 130 after Ctrl-C, which with --peers keeps what was measured.
+    Exit code 1 if parity does not hold or a process that measures fails, 130 after Ctrl-C, which with --peers keeps
+    what was measured.
     """
     with errors_in_one_sentence():
         dtypes = ("fp32", "bf16") if dtype is None else (dtype,)
@@ -78,11 +98,8 @@ def bench(
         report.check_output("--plot", plot, ".png")
         if plot:
             benchmark.require("matplotlib", "matplotlib", "plots")
-        columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("start", total=1.0)
-            measure = comparison.run if peers else benchmark.run
-            result = measure(job, lambda what, share: progress.update(task, description=what, completed=share))
+        with shown_progress(44) as tell:
+            result = (comparison.run if peers else benchmark.run)(job, tell)
         report.print_result(result, console)
         if json:
             report.write_json(result, json)
@@ -200,15 +217,7 @@ def tune(
             raise BackendError("tuning needs a CUDA GPU, and torch sees none")
         unfused, x = benchmark.prepare(benchmark.Job(model, batch, (dtype,), "cuda"), dtype)
         shapes = tuning.shapes_of(fuse(unfused), x)
-        columns = (TextColumn("{task.description:<60}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("start", total=1.0)
-
-            def tell(what: str, share: float) -> None:
-                progress.update(task, description=what[:60], completed=share)
-                if not progress.console.is_terminal:  # in a log there is no bar
-                    print(f"{share:4.0%} {what}", file=sys.stderr, flush=True)
-
+        with shown_progress(60) as tell:
             result = tuning.tune(
                 shapes, x.dtype, x.device, seconds, tell, most=configs, workers=workers, missing=missing
             )

@@ -1,10 +1,14 @@
-"""What the package raises when an argument is wrong or a backend cannot do what was asked of it by name."""
+"""What the package raises where an argument is wrong, a backend cannot do what was asked, or a process died."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
     """An argument of a public function is wrong; the message names it, what was expected and what was given."""
+
+
+class WorkerError(RuntimeError):
+    """A process that measures something has failed or died; the message says which and why."""
 
 
 class BackendError(RuntimeError):

@@ -57,6 +57,11 @@ def crashing(model, x, task):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def killed(model, x, task):
+    """Ended as Linux ends a process for want of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def leaving(model, x, task):
     os._exit(3)
 
@@ -72,6 +77,7 @@ REFUSING = Peer("refusing", PEER, ("no such package",), refusing)
 TIRING = Peer("tiring", PEER, ("torch",), tiring)
 HANGING = Peer("hanging", PEER, ("torch",), hanging)
 CRASHING = Peer("crashing", PEER, ("torch",), crashing)
+KILLED = Peer("killed", PEER, ("torch",), killed)
 LEAVING = Peer("leaving", PEER, ("torch",), leaving)
 ABSENT = Peer("absent", PEER, ("torch",), shifted, not_here)
 HONEST = [torch_eager.NCHW, torch_eager.CHANNELS_LAST, fused.peer("strict"), fused.peer("fast")]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resnet_fused import bench, report
-from resnet_fused.errors import InputError
+from resnet_fused.errors import InputError, WorkerError
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,7 +105,7 @@ def test_bad_job(arguments, words):
 
 
 def test_worker_failure_names_the_cause():
-    with pytest.raises(RuntimeError, match="KeyError"):
+    with pytest.raises(WorkerError, match=r"benchmark worker 'time' ended with status 1: KeyError: 'job'$"):
         bench.run_worker({"task": "time"}, False, lambda share: None)
 
 

@@ -20,6 +20,11 @@ def test_bench_end_to_end(tmp_path):
     assert outcome.exit_code == 0, outcome.output
     assert "speed-up" in outcome.stdout
     assert "reused" in outcome.stdout
+    steps = ["parity, bf16 strict", *(f"timing, bf16, {memory} memory" for memory in ("default", "reused"))]
+    steps += [*(f"memory, bf16 {name}" for name in ("eager", "eager channels_last", "fused")), "done"]
+    shown = [line.strip().partition("% ") for line in outcome.stderr.splitlines()]
+    assert [step for _, _, step in shown] == steps, "without a terminal: one line a step"
+    assert [int(share) for share, _, _ in shown] == sorted(int(share) for share, _, _ in shown)
 
     result = json.loads(paths["--json"].read_text())
     assert (result["device"], result["model"], result["dtype"], result["batch"]) == ("cpu", "resnet18", "bf16", 1)
@@ -78,6 +83,21 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words):
     assert outcome.stdout == ""
     assert len(outcome.stderr.strip().splitlines()) == 1
     assert all(word in outcome.stderr for word in words), outcome.stderr
+
+
+def test_a_worker_that_dies_is_one_sentence_and_exit_code_1(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -KILL $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    arguments = ["bench", "resnet20_cifar", "--batch", "1", "--dtype", "bf16", "--json", str(tmp_path / "a.json")]
+    outcome = run(app, arguments)
+    assert outcome.exit_code == 1
+    assert outcome.stdout == ""
+    *steps, error = outcome.stderr.splitlines()
+    assert error == "error: benchmark worker 'time' was ended by SIGKILL, perhaps for want of memory"
+    assert not any("Traceback" in line for line in steps)
+    assert not (tmp_path / "a.json").exists()
 
 
 def test_output_paths_are_checked_without_touching_them(tmp_path):

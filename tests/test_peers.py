@@ -242,7 +242,14 @@ def test_a_process_is_stopped_while_it_waits_and_killed_when_it_hangs(start):
     assert process.process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize(("peer", "words"), [("CRASHING", "SIGSEGV"), ("LEAVING", "status 3: it wrote nothing")])
+@pytest.mark.parametrize(
+    ("peer", "words"),
+    [
+        ("CRASHING", "its process was ended by SIGSEGV$"),
+        ("KILLED", "its process was ended by SIGKILL, perhaps for want of memory$"),
+        ("LEAVING", "its process ended with status 3: it wrote nothing$"),
+    ],
+)
 def test_how_a_process_died(start, peer, words):
     process = start(getattr(fake_peers, peer))
     with pytest.raises(race.Failure, match=words):

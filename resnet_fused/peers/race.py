@@ -97,12 +97,7 @@ class Process:
             code = self.process.wait(10)
         except subprocess.TimeoutExpired:
             return "its process hung up"
-        if code < 0:
-            name = signal.Signals(-code).name
-            why = ", perhaps for want of memory" if name == "SIGKILL" else ""
-            return f"its process was ended by {name}{why}"
-        lines = self.log.read_text(errors="replace").strip().splitlines() or ["it wrote nothing"]
-        return f"its process ended with status {code}: {lines[-1][:300]}"
+        return f"its process {bench.how_it_ended(code, self.log.read_text(errors='replace'))}"
 
     def end(self) -> None:
         """Kill it, with what it has started."""
