@@ -8,7 +8,6 @@ these and compatibility.json: the parts of README.md between its markers.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import compatibility
 import jinja2
 import plots
 import typer
-from result_files import RESULTS, Case, Device, Line, load
+from result_files import LEAST_RATE, RESULTS, Case, Device, Line, load, parse
 
 from resnet_fused import report as tables
 from resnet_fused.errors import InputError
@@ -74,6 +73,12 @@ def absences(cases: Sequence[Case]) -> list[str]:
         f"{name} {words[status]}" + (f": {detail}" if detail else "") + f" ({_of(where, len(cases))})"
         for (name, status, detail), where in found.items()
     ]
+
+
+def disturbances(device: Device) -> list[str]:
+    """The cases in which the machine was far slower than in others."""
+    slow = [(case, device.disturbance(case)) for case in device.cases]
+    return [f"{case.title}: {words}" for case, words in slow if words]
 
 
 def _of(where: Sequence[Case], total: int) -> str:
@@ -188,6 +193,8 @@ def page(device: Device, drawn: dict[str, tuple[str, str, Any]]) -> str:
         summary=summary,
         losses=losses,
         absences=absences(device.cases),
+        disturbances=disturbances(device),
+        least_rate=LEAST_RATE,
         columns=columns,
         rows=rows,
         sections=sections,
@@ -272,7 +279,7 @@ def rendered(readme: str, results: Path = RESULTS, root: Path = ROOT) -> str:
             )
     readme = between(readme, "results", "\n".join(jobs))
     readme = between(readme, "peers", "\n".join(peers))
-    models = json.loads((results / compatibility.RESULT.name).read_text())
+    models = parse(results / compatibility.RESULT.name)
     return between(readme, "compatibility", compatibility.markdown_table(models) + "\n")
 
 

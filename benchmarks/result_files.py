@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from resnet_fused.roofline import Machine
 RESULTS = Path(__file__).parent / "results"
 BASELINE_FILE = "baseline.json"
 DTYPE_ORDER = ("fp32", "bf16", "fp16")
+LEAST_RATE = 0.8
+"""Of the best that other runs measured: below it, something else had the machine as well."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,23 @@ class Device:
             best.device, best.device_name, best.threads, best.copy_gb_s, rates, min(launches) if launches else None
         )
 
+    def disturbance(self, case: Case) -> str:
+        """Which of the machine's rates were far below those of other cases, in words; empty if none was."""
+        others = (other.machine for other in self.cases if other.machine and other.source != case.source)
+        return disturbance(case.machine, case.dtype, others) if case.machine else ""
+
+
+def parse(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InputError: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} must be a JSON file of a benchmark: {error}") from None
+
 
 def read(path: Path) -> dict[str, Any]:
     """Read a result.
@@ -138,16 +158,47 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is no JSON object, or of another schema version.
     """
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} must be a JSON file of a benchmark: {error}") from None
+    values = parse(path)
     if not isinstance(values, dict):
         raise InputError(f"{path} must be a JSON object, got a {type(values).__name__}")
     version = values.get("schema", SCHEMA)  # results from before there were versions have the fields of the first
     if version != SCHEMA:
         raise InputError(f"{path} must be of schema version {SCHEMA}, got {version}: measure again")
     return values
+
+
+def machines(folder: Path, without: Path) -> Iterator[Machine]:
+    """The machine as every other run in a folder found it; files that are no results of this version do not count."""
+    for path in sorted(folder.glob("*.json")):
+        with suppress(InputError):
+            if path != without and (values := read(path).get("machine")):
+                yield Machine.from_dict(values)
+
+
+def disturbance(machine: Machine, dtype: str, others: Iterable[Machine]) -> str:
+    """Which rates of a machine in one run are far below the best of other runs, in words; empty if none is.
+
+    Args:
+        machine: as the run found it.
+        dtype: `"fp32"`, `"bf16"` or `"fp16"`.
+        others: of other runs. They count if device, threads and dtype are those of the run.
+    """
+    alike = [
+        other
+        for other in others
+        if (other.device, other.device_name, other.threads) == (machine.device, machine.device_name, machine.threads)
+        and dtype in other.matmul_tflop_s.keys() & machine.matmul_tflop_s.keys()
+    ]
+    if not alike:
+        return ""
+    copy = max(other.copy_gb_s for other in alike)
+    matmul = max(other.matmul_tflop_s[dtype] for other in alike)
+    found = []
+    if machine.copy_gb_s < LEAST_RATE * copy:
+        found.append(f"copy {machine.copy_gb_s:.3g} GB/s where another run had {copy:.3g}")
+    if machine.matmul_tflop_s[dtype] < LEAST_RATE * matmul:
+        found.append(f"{dtype} matmul {machine.matmul_tflop_s[dtype]:.3g} TFLOP/s where another run had {matmul:.3g}")
+    return ", ".join(found)
 
 
 def load(folder: Path) -> Device:

@@ -4,18 +4,18 @@
 
 One file for each model, batch and dtype is written as soon as it is measured, in benchmarks/results/<device>/peers;
 those of a CPU's blocks are in blocks. What was measured already at this commit with these versions is left out, so that
-an interrupted run can be started again. A case that cannot be measured is reported at the end, and the others go on.
+an interrupted run can be started again; but not where the machine was much slower than in other cases. A case that
+cannot be measured is reported at the end, and the others go on.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -24,12 +24,13 @@ from typing import Annotated, Any
 import report as pages
 import torch
 import typer
-from result_files import RESULTS, read
+from result_files import RESULTS, disturbance, machines, parse, read
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from resnet_fused import bench, environment, peers, report
 from resnet_fused.errors import InputError
+from resnet_fused.roofline import Machine
 from resnet_fused.settings import one_of
 
 FOLDER = Path(__file__).parent
@@ -80,16 +81,43 @@ class Suite:
 
 
 def done(path: Path) -> bool:
-    """Whether a file holds the whole of a case, from this commit, these versions and as many threads."""
+    """Whether a file holds the whole of a case, of this commit, these versions, as many threads, undisturbed."""
     if not path.exists():
         return False
     try:
         result = read(path)
+        slow = disturbed(path, result)
     except InputError as error:
         console.print(f"{error}", style="yellow", markup=False)
         return False
     now = {"commit": environment.commit(), "versions": environment.versions(), "threads": torch.get_num_threads()}
-    return not result.get("interrupted") and all(result.get(key) == value for key, value in now.items())
+    if result.get("interrupted") or any(result.get(key) != value for key, value in now.items()):
+        return False
+    if slow:
+        words = f"{path.stem}: measured on a disturbed machine, so measured again: {slow}"
+        console.print(words, style="yellow", markup=False, soft_wrap=True)
+    return not slow
+
+
+def disturbed(path: Path, result: dict[str, Any]) -> str:
+    """Which of the machine's rates were far below those of the other results in the folder, in words; empty if none.
+
+    Raises:
+        InputError: what the result says of the machine is not what `roofline.measure` found.
+    """
+    if not result.get("machine"):  # blocks are timed without
+        return ""
+    return disturbance(Machine.from_dict(result["machine"]), result["dtype"], machines(path.parent, without=path))
+
+
+def disturbances(suite: Suite) -> list[str]:
+    """A sentence for every case measured on a disturbed machine; of an early one, a later may have shown it."""
+    found = []
+    for job, path in suite.cases():
+        with suppress(InputError):  # not measured, which has been said
+            if slow := disturbed(path, read(path)):
+                found.append(f"{title(job)}: measured on a disturbed machine: {slow}")
+    return found
 
 
 def device_folder(device: str, results: Path = RESULTS) -> Path:
@@ -99,7 +127,11 @@ def device_folder(device: str, results: Path = RESULTS) -> Path:
         {"isa": environment.instruction_sets()[0], "threads": threads} if device == "cpu" else {}
     )
     for path in sorted(results.glob("*/**/*.json")):
-        found = json.loads(path.read_text())
+        try:
+            found = parse(path)
+        except InputError as error:
+            console.print(f"{error}; it does not count", style="yellow", markup=False, soft_wrap=True)
+            continue
         if isinstance(found, dict) and all(found.get(key) == value for key, value in mine.items()):
             return results / path.relative_to(results).parts[0]
     parts = [name, *([mine["isa"], f"{threads}threads"] if device == "cpu" else [])]
@@ -112,6 +144,11 @@ def write(result: dict[str, Any], path: Path) -> None:
     partial = path.with_suffix(".partial")
     report.write_json(result, partial)
     partial.replace(path)
+
+
+def title(job: bench.Job) -> str:
+    """The name of a case."""
+    return f"{job.model}, batch {job.batch}, {job.dtypes[0]}"
 
 
 def summary(result: dict[str, Any]) -> list[str]:
@@ -158,7 +195,7 @@ def measure(suite: Suite) -> tuple[list[str], bool]:
         every = progress.add_task("all", total=len(whole))
         current = progress.add_task("", total=100)
         for job, path, blocks in whole:
-            name = f"{job.model}, batch {job.batch}, {job.dtypes[0]}" + (", blocks" if blocks else "")
+            name = title(job) + (", blocks" if blocks else "")
             if not suite.again and done(path):
                 progress.console.print(f"{name}: measured before", style="dim")
                 progress.advance(every)
@@ -178,6 +215,9 @@ def measure(suite: Suite) -> tuple[list[str], bool]:
                     progress.console.print(name, style="bold")
                     for line in summary(result):
                         progress.console.print(f"  {line}", markup=False, highlight=False)
+                    if slow := disturbed(path, result):
+                        words = f"  disturbed machine: {slow}"
+                        progress.console.print(words, style="yellow", markup=False, soft_wrap=True)
                     if result["interrupted"]:
                         return failures, True
                     if not result["parity"]["ok"]:
@@ -228,6 +268,11 @@ def main(
     failures, interrupted = measure(suite)
     for failure in failures:
         console.print(failure, style="red", markup=False)
+    slow = disturbances(suite)
+    for words in slow:
+        console.print(words, style="yellow", markup=False, soft_wrap=True)
+    if slow and not interrupted:
+        console.print("The same command measures these again.", style="yellow")
     if interrupted:
         console.print("Interrupted: what was measured is kept, and the same command goes on.", style="yellow")
         raise typer.Exit(130)

@@ -27,6 +27,10 @@ def small(tmp_path):
     return suite.Suite(("resnet18", "resnet56_cifar"), (1,), ("fp32",), "cpu", 0.1, (), 9.0, tmp_path, False)
 
 
+FAST = report_samples.MACHINE | {"copy_gb_s": 26.0}
+"""Of which MACHINE has less than 0.8 in copy bandwidth."""
+
+
 def current(model="resnet18"):
     """A result of this commit with these versions and as many threads."""
     now = {"commit": environment.commit(), "versions": environment.versions(), "threads": torch.get_num_threads()}
@@ -96,6 +100,54 @@ def test_other_results_are_measured_again(tmp_path, change):
     assert not suite.done(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"copy_gb_s": 26.0}, "copy 20 GB/s where another run had 26"),
+        ({"matmul_tflop_s": {"fp32": 0.26}}, "fp32 matmul 0.2 TFLOP/s where another run had 0.26"),
+        ({"copy_gb_s": 24.0, "matmul_tflop_s": {"fp32": 0.24}}, ""),
+        ({"copy_gb_s": 26.0, "device_name": "another"}, ""),
+        ({"copy_gb_s": 26.0, "threads": 4}, ""),
+        ({"copy_gb_s": 26.0, "matmul_tflop_s": {"bf16": 2.0}}, ""),
+    ],
+    ids=str,
+)
+def test_a_case_of_a_disturbed_machine_is_not_done(tmp_path, capsys, change, words):
+    path = report_samples.write(current(), tmp_path / "slow.json")
+    assert suite.done(path), "alone, and on a machine as fast as its own"
+    other = current() | {"machine": report_samples.MACHINE | change}
+    report_samples.write(other, tmp_path / "other.json")
+    (tmp_path / "broken.json").write_text('{"machine": {')
+    assert suite.disturbed(path, current()) == words
+    assert suite.done(path) == (not words)
+    assert words in capsys.readouterr().out
+    assert suite.done(tmp_path / "other.json"), "the faster one"
+
+
+def test_a_disturbed_case_is_measured_once_a_call(small, measured, monkeypatch, capsys):
+    machines = {"resnet18": report_samples.MACHINE, "resnet56_cifar": FAST}
+
+    def run(job, *arguments):
+        measured.append((job.model,))
+        return current(job.model) | {"machine": machines[job.model]}
+
+    monkeypatch.setattr(peers, "run", run)
+    for expected in (["resnet18", "resnet56_cifar", "blocks"], ["resnet18", "blocks"]):
+        measured.clear()
+        assert suite.measure(small) == ([], False), "it is no failure"
+        assert [job[0] for job in measured] == expected
+        assert suite.disturbances(small) == [
+            "resnet18, batch 1, fp32: measured on a disturbed machine: copy 20 GB/s where another run had 26"
+        ], "which the second case has shown"
+    assert "  disturbed machine: copy 20 GB/s where another run had 26" in capsys.readouterr().out
+    machines["resnet18"] = FAST
+    suite.measure(small)
+    measured.clear()
+    suite.measure(small)
+    assert [job[0] for job in measured] == ["blocks"]
+    assert suite.disturbances(small) == []
+
+
 def test_a_case_that_fails_does_not_end_the_run(small, measured, monkeypatch):
     real = peers.run
 
@@ -153,6 +205,20 @@ def test_folder_of_this_machine(tmp_path):
     assert suite.device_folder("cpu", tmp_path) == tmp_path / "mine"
 
 
+def test_a_truncated_file_does_not_end_the_search_for_the_folder(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "cut.json").write_text('{"device_name": "some pro')
+    mine = {
+        "device_name": environment.device_name("cpu"),
+        "isa": environment.instruction_sets()[0],
+        "threads": torch.get_num_threads(),
+    }
+    report_samples.write(report_samples.main_job() | mine, tmp_path / "b" / "main.json")
+    assert suite.device_folder("cpu", tmp_path) == tmp_path / "b"
+    words = " ".join(capsys.readouterr().out.split())
+    assert "cut.json must be a JSON file of a benchmark: Unterminated string" in words
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -181,6 +247,19 @@ def test_report_is_made_at_the_end(tmp_path, measured, monkeypatch):
     assert [job[1:3] for job in measured[:4]] == [(b, (d,)) for b in (1, 2) for d in ("fp32", "bf16")]
     assert measured[0][4] == ("OpenVINO",)
     assert "1.09x, faster than the best peer" in outcome.stdout
+    assert "disturbed" not in outcome.stdout
+
+
+def test_disturbed_cases_are_listed_at_the_end(tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(suite.pages, "write", lambda folder: folder / "report.html")
+    report_samples.write(current() | {"machine": FAST}, tmp_path / "peers" / "fast.json")
+    arguments = ["--models", "resnet18", "--batches", "1", "--dtypes", "fp32", "--out", str(tmp_path)]
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    *_, listed, advice, report = outcome.stdout.strip().splitlines()
+    assert listed.startswith("resnet18, batch 1, fp32: measured on a disturbed machine: copy 20 GB/s")
+    assert advice == "The same command measures these again."
+    assert report.startswith("report: ")
 
 
 def test_blocks_are_asked_for_in_words_that_compare_blocks_knows(small, monkeypatch):

@@ -88,6 +88,20 @@ def test_ceilings_are_the_best_of_all_runs(results, device):
     assert (machine.copy_gb_s, machine.matmul_tflop_s) == (30.0, {"fp32": 0.2, "bf16": 3.0})
 
 
+def test_a_disturbed_machine_is_told(results):
+    folder = results / "some-processor"
+    assert "disturbed" not in report.page(result_files.load(folder), {})
+    fast = samples.MACHINE | {"copy_gb_s": 30.0, "matmul_tflop_s": {"fp32": 0.2}}
+    samples.write(samples.with_peers("resnet50", 1) | {"machine": fast}, folder / "peers" / "d.json")
+    device = result_files.load(folder)
+    assert report.disturbances(device) == [
+        f"resnet18, batch {batch}, fp32: copy 20 GB/s where another run had 30" for batch in (1, 16)
+    ], "not the bf16 one, and not the main job, whose machine was not measured"
+    text = report.page(device, {})
+    assert "<h2>Measured on a disturbed machine</h2>" in text
+    assert "below 0.8 of those" in text and "resnet18, batch 16, fp32: copy 20 GB/s" in text
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
