@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import html
 import io
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,9 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
 from result_files import Case, Device, Line
 
 COLORS = {
@@ -56,6 +57,7 @@ STYLE = {
     "hatch.linewidth": 0.6,
 }
 MARKERS = "sD^vPX*<>"
+DPI = 140
 WIDTH = 11.0  # inches at most: a page shows 96 of its pixels for each
 
 
@@ -96,7 +98,7 @@ def svg(figure: Figure, label: str) -> str:
 @styled
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as PNG."""
-    figure.savefig(path, dpi=140, facecolor="white", metadata={"Software": None})
+    figure.savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
 
 
 def color(line: Line) -> str:
@@ -132,7 +134,10 @@ def overview(cases: Sequence[Case]) -> Figure:
             strict = ours.accuracy == "strict"
             shade = LOSE if ratio < 1 and strict else color(ours)
             axes.plot([1, ratio], [y, y], color=shade, linewidth=5 if strict else 2, solid_capstyle="butt")
-            axes.plot(ratio, y, "o" if strict else "D", color=shade, markersize=6 if strict else 4)
+            if strict:
+                axes.plot(ratio, y, "o", color=shade, markersize=6)
+            else:  # above the bar, which is longer where fast is slower than strict
+                axes.plot(ratio, y, "D", color=shade, markeredgecolor=INK, markeredgewidth=0.7, markersize=5, zorder=3)
         ours, other, ratio = ratios[0]
         shade = LOSE if ratio < 1 else INK
         farthest = max(1.0, *(r for *_, r in ratios))
@@ -346,7 +351,8 @@ def roofline(device: Device) -> Figure | None:
     if machine is None:
         return None
     dtypes = [dtype for dtype in device.dtypes if dtype in machine.matmul_tflop_s]
-    figure = Figure(figsize=(1.0 + 4.6 * len(dtypes), 4.3), layout="constrained")
+    figure = Figure(figsize=(1.0 + 4.6 * len(dtypes), 4.3), dpi=DPI, layout="constrained")
+    panels = []
     for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
         models, parts = model_points(device, dtype), block_points(device, dtype)
         peak, copy = machine.matmul_tflop_s[dtype] * 1e3, machine.copy_gb_s
@@ -355,69 +361,95 @@ def roofline(device: Device) -> Figure | None:
         left = min([ridge / 4, *(x / 1.5 for x, _ in points)])
         right = max([ridge * 8, *(x * 1.5 for x, _ in points)])
         axes.plot([left, ridge, right], [left * copy, peak, peak], color=INK, linewidth=1.6)
-        axes.text(right, peak * 1.06, f"matrix product {number(peak)} GFLOP/s", ha="right", fontsize=7.5, color=MUTED)
-        axes.annotate(
-            f"copy {number(copy)} GB/s", (ridge / 2, peak / 2), (8, -2), textcoords="offset points", va="top",
-            fontsize=7.5, color=MUTED,
-        )  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(left, right * 1.1)
         axes.set_ylim(
-            min([left * copy, peak / 10, *(y / 2 for _, y in points)]), max([peak, *(y for _, y in points)]) * 1.6
+            min([left * copy, peak / 5, *(y / 2 for _, y in points)]), max([peak, *(y for _, y in points)]) * 1.6
         )
         for x, y, _ in parts:
             axes.plot(x, y, "o", markerfacecolor="none", markeredgecolor=FUSED, markersize=4, alpha=0.75)
         for x, y, _ in models:
             axes.plot(x, y, "o", color=FUSED, markersize=6.5)
-        across = [left * (right / left) ** (i / 60) for i in range(61)]
-        roof = [(x, min(x * copy, peak)) for x in across]
-        _name(axes, models, roof)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(LogLocator(subs=(1, 3)))
             _plain(axis)
         axes.grid(True)
         axes.set_xlabel("FLOP per byte (input, weights and output of every block, once)")
         axes.set_ylabel("GFLOP/s")
-        axes.set_title(f"{dtype}: filled, models (name, batch); hollow, blocks")
+        axes.set_title(f"{dtype}: filled, models (name, batch){'; hollow, blocks' if parts else ''}")
+        panels.append((axes, models, points, peak, copy, left, right))
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # from now on everything stays where it is
+    for axes, models, points, peak, copy, left, right in panels:
+        ridge = peak / copy
+        across = [left * (right / left) ** (i / 60) for i in range(61)]
+        drawn = [_box(axes, x, min(x * copy, peak), 1) for x in across] + [_box(axes, x, y, 6) for x, y in points]
+        words: list[Bbox] = []
+        spots = [((x, peak), (0, 4), side, "bottom") for x, side in ((ridge, "left"), (right, "right"), (left, "left"))]
+        _write(axes, f"matrix product {number(peak)} GFLOP/s", spots, drawn, words, MUTED)
+        spots = [((ridge / part, peak / part), (8, -2), "left", "top") for part in (2, 3, 1.4)]
+        _write(axes, f"copy {number(copy)} GB/s", spots, drawn, words, MUTED)
+        for x, y, name in sorted(models):
+            _write(axes, name, [((x, y), *spot) for spot in BESIDE], drawn, words, INK)
     return figure
 
 
-def _name(axes: Axes, points: Sequence[tuple[float, float, str]], line: Sequence[tuple[float, float]]) -> None:
-    """Write the names of points beside them, inside the panel, where nothing else is: near if that is possible."""
-    xlim, ylim = axes.get_xlim(), axes.get_ylim()
+Spot = tuple[tuple[float, float], tuple[float, float], str, str]
+"""Where words may stand: a point of the panel, an offset from it in points, horizontal and vertical alignment."""
+BESIDE = (
+    ((0, 6), "center", "bottom"),
+    ((0, -6), "center", "top"),
+    ((8, 0), "left", "center"),
+    ((-8, 0), "right", "center"),
+    *(
+        ((x, y), side, "center")
+        for y in (20, -20, 34, -34, 48, -48, 62, -62)
+        for x, side in ((0, "center"), (12, "left"), (-12, "right"))
+    ),
+)
 
-    def at(x: float, y: float) -> tuple[float, float]:  # in points of 1/72 inch, on a panel of 4 by 3.4 inches
-        across = math.log(x / xlim[0]) / math.log(xlim[1] / xlim[0])
-        return 288 * across, 245 * math.log(y / ylim[0]) / math.log(ylim[1] / ylim[0])
 
-    dot = 3.0  # half the width of a point; of a name about 2.1 a letter
-    taken = [(*at(x, y), dot) for x, y, _ in points]
-    roof = [(*at(x, y), dot) for x, y in line]
+def _box(axes: Axes, x: float, y: float, size: float) -> Bbox:
+    """The square around a point of a panel, up to so many pixels away."""
+    across, up = axes.transData.transform((x, y))
+    return Bbox([[across - size, up - size], [across + size, up + size]])
 
-    def room(x: float, y: float, half: float, own: tuple[float, float, float]) -> float:
-        """How far a name there is from touching anything else: 1 where it just does."""
-        if not half - 6 < x < 294 - half:
-            return 0.0
-        others = [*roof, *(other for other in taken if other != own)]
-        return min((max(abs(o[0] - x) / (half + o[2] + 2), abs(o[1] - y) / 9) for o in others), default=9.0)
 
-    for x, y, name in sorted(points):
-        half = 2.1 * len(name)
-        here = at(x, y)
-        sides = (
-            ((0, 6), "center", "bottom", 0.0, 10.0),
-            ((0, -6), "center", "top", 0.0, -10.0),
-            ((6, 0), "left", "center", half + 6, 0.0),
-            ((-6, 0), "right", "center", -half - 6, 0.0),
-            *(((x, y), "center", "center", x, y) for y in (-24, 24) for x in (-0.8 * half, 0.0, 0.8 * half)),
-        )
-        rooms = [room(here[0] + dx, here[1] + dy, half, (*here, dot)) for *_, dx, dy in sides]
-        free = (side for side, space in enumerate(rooms) if space >= 1)
-        offset, across, up, dx, dy = sides[next(free, rooms.index(max(rooms)))]
-        taken.append((here[0] + dx, here[1] + dy, half))
-        thread = None if max(map(abs, offset)) <= 6 else {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6}
-        axes.annotate(name, (x, y), offset, textcoords="offset points", ha=across, va=up, fontsize=7, arrowprops=thread)
+def _write(axes: Axes, text: str, spots: Sequence[Spot], drawn: Sequence[Bbox], words: list[Bbox], shade: str) -> None:
+    """Write where nothing else is, else where least is, and near; far from the point with a thread to it.
+
+    Args:
+        axes: the panel.
+        text: to write.
+        spots: where it may stand, the best first.
+        drawn: what it should not cover.
+        words: what it must not cover; the new words are added.
+        shade: colour.
+    """
+
+    def put(spot: Spot, **more: Any) -> Annotation:
+        point, offset, across, up = spot
+        style = {"textcoords": "offset points", "ha": across, "va": up, "fontsize": 7, "color": shade} | more
+        return axes.annotate(text, point, offset, **style)
+
+    def extent(spot: Spot) -> Bbox:
+        trial = put(spot)
+        box = trial.get_window_extent()
+        trial.remove()
+        return box.padded(6, 1)
+
+    def cost(spot: Spot) -> float:
+        box = extent(spot)
+        inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
+        covered = box.count_overlaps(drawn) + 10 * box.count_overlaps(words) + (0 if inside else 100)
+        return covered + max(map(abs, spot[1])) / 20
+
+    best = min(spots, key=cost)  # the first of the best
+    far = max(map(abs, best[1])) > 8
+    thread = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6} if far else None
+    words.append(extent(best))
+    put(best, arrowprops=thread)
 
 
 def model_points(device: Device, dtype: str) -> list[tuple[float, float, str]]:

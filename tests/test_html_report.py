@@ -13,6 +13,7 @@ import pytest
 import report
 import report_samples as samples
 import result_files
+from matplotlib.text import Text
 from typer.testing import CliRunner
 
 from resnet_fused.errors import InputError
@@ -256,6 +257,31 @@ def test_a_winning_peer_is_orange(device):
     assert "var(--lose)" in next(line for line in text.splitlines() if "0.91x" in line)
     cell = report.grid(device)[1][-1][1][-1]
     assert cell.ratio < 1 and "--lose" in cell.tint and "--fused" in report.grid(device)[1][0][1][0].tint
+
+
+def test_a_fast_model_slower_than_strict_is_seen_above_its_bar(device):
+    result = samples.with_peers(fused=15.0, fast=12.0)
+    (axes,) = plots.overview(list(result_files._cases(Path("x"), result))).axes
+    bar = next(line for line in axes.lines if line.get_linewidth() == 5)
+    diamond = next(line for line in axes.lines if line.get_marker() == "D")
+    assert diamond.get_xdata()[0] < max(bar.get_xdata()), "where the bar is"
+    assert diamond.zorder > bar.zorder
+
+
+def test_words_on_the_roofline_do_not_overprint(device, monkeypatch):
+    ridge = 10.0  # FLOP/byte at 0.2 TFLOP/s and 20 GB/s
+    near = [(ridge * 10 * 1.3**i, 190.0 + 8 * (i % 4), f"resnet{i}_cifar, 16") for i in range(8)]
+    monkeypatch.setattr(plots, "model_points", lambda device, dtype: near)
+    blocks = [(x * 1.1, y, "") for x, y, _ in near]
+    monkeypatch.setattr(plots, "block_points", lambda device, dtype: blocks)
+    for axes in plots.roofline(device).axes:
+        assert {"matrix product 200 GFLOP/s", "matrix product 2,000 GFLOP/s"} & {
+            words.get_text() for words in axes.texts
+        }
+        # Without their threads; drawn by then, so that they are where they will be.
+        boxes = [Text.get_window_extent(words) for words in axes.texts]
+        assert len(boxes) == 2 + len(near)
+        assert all(box.count_overlaps(boxes) == 1 for box in boxes), "each with itself only"
 
 
 def test_blocks_behind_are_orange():
