@@ -190,6 +190,7 @@ def page(device: Device, drawn: dict[str, tuple[str, str, Any]]) -> str:
         device=device,
         newest=newest,
         machine=device.machine,
+        clocks=tables.clocks(newest),
         summary=summary,
         losses=losses,
         absences=absences(device.cases),

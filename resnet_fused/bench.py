@@ -382,6 +382,7 @@ def run(job: Job, on_progress: Progress = lambda what, share: None) -> dict[str,
         yield lambda share: on_progress(what, (done + share * seconds) / total)
         done += seconds
 
+    clocks = environment.clocks(job.device)
     reports, plans = [], []
     for dtype, accuracy in parity:
         with stage(f"parity, {dtype} {accuracy}", 8.0):
@@ -404,11 +405,16 @@ def run(job: Job, on_progress: Progress = lambda what, share: None) -> dict[str,
     on_progress("done", 1.0)
 
     parity_ok = all(report["ok"] for report in reports)
-    return header(job) | {"rows": rows, "parity": {"ok": parity_ok, "reports": reports}, "plans": plans}
+    return header(job, clocks) | {"rows": rows, "parity": {"ok": parity_ok, "reports": reports}, "plans": plans}
 
 
-def header(job: Job) -> dict[str, Any]:
-    """What was measured, on what and with what: the fields that every result has."""
+def header(job: Job, clocks: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What was measured, on what and with what: the fields that every result has.
+
+    Args:
+        job: what was measured.
+        clocks: those before the run, from `environment.clocks`; those after it are read now.
+    """
     isa, _ = environment.instruction_sets()
     return {
         "schema": SCHEMA,
@@ -419,6 +425,7 @@ def header(job: Job) -> dict[str, Any]:
         "device_name": environment.device_name(job.device),
         "isa": isa,
         "threads": torch.get_num_threads(),
+        "clocks": {"before": clocks, "after": environment.clocks(job.device)},
         "model": job.model,
         "dtype": ",".join(job.dtypes),
         "batch": job.batch,

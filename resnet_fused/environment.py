@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from . import nvml
 from ._version import __version__
 from .kernels import cuda, native
 
@@ -19,16 +22,45 @@ PEERS = (
 )
 
 
+CPUINFO = Path("/proc/cpuinfo")
+CPUFREQ = Path("/sys/devices/system/cpu")
+
+
 def device_name(device: str) -> str:
     """The processor's or GPU's own name."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = CPUINFO.read_text().splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def clocks(device: str) -> dict[str, Any] | None:
+    """The present clocks in MHz, None where the system does not tell them.
+
+    Args:
+        device: `"cpu"` for `cores_mhz`, a list with a number for each core; `"cuda"` for `sm_mhz` and `memory_mhz` of
+            torch's current GPU, without the one that it does not tell.
+    """
+    if device == "cpu":
+        cores = _core_clocks()
+        return {"cores_mhz": cores} if cores else None
+    told = {"sm_mhz": nvml.clock_mhz(nvml.SM_CLOCK), "memory_mhz": nvml.clock_mhz(nvml.MEMORY_CLOCK)}
+    return {name: mhz for name, mhz in told.items() if mhz is not None} or None
+
+
+def _core_clocks() -> list[float]:
+    """MHz of every core: what Linux measures on x86, else what the frequency driver has set."""
+    try:
+        measured = re.findall(r"^cpu MHz\s*: ([\d.]+)$", CPUINFO.read_text(), re.MULTILINE)
+        if measured:
+            return [float(mhz) for mhz in measured]
+        return [int(path.read_text()) / 1e3 for path in CPUFREQ.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
+    except OSError:
+        return []
 
 
 def commit() -> str | None:

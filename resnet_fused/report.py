@@ -44,6 +44,21 @@ def conditions(result: Result) -> str:
     return ", ".join([*parts, f"torch {result['versions']['torch']}"])
 
 
+def clocks(result: Result) -> str:
+    """The clocks before and after a run, in words; empty where the system did not tell them."""
+    told = result.get("clocks") or {}
+    return ", ".join(f"{_clock_words(told[moment])} {moment}" for moment in ("before", "after") if told.get(moment))
+
+
+def _clock_words(told: dict[str, Any]) -> str:
+    names = {"sm_mhz": "SM", "memory_mhz": "memory"}
+    words = [f"{names[key]} {told[key]} MHz" for key in names if key in told]
+    if cores := told.get("cores_mhz"):
+        ends = dict.fromkeys(f"{mhz:.0f}" for mhz in (min(cores), max(cores)))
+        words.append(f"cores {' to '.join(ends)} MHz")
+    return " and ".join(words)
+
+
 def row_label(row: dict[str, Any]) -> str:
     """The name of a row, its allocator setting included."""
     return row["name"] + (", memory reused" if row["memory"] == "reused" else "")
@@ -52,6 +67,8 @@ def row_label(row: dict[str, Any]) -> str:
 def print_result(result: Result, console: Console) -> None:
     """Print what a result holds: tables of parity, throughput and costs, or the comparison with the peers."""
     console.print(conditions(result), style="bold")
+    if words := clocks(result):
+        console.print(f"clocks: {words}", highlight=False)
     if result["peers"]:
         print_peers(result, console)
         return

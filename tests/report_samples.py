@@ -31,6 +31,7 @@ def header(model: str, batch: int, dtype: str) -> dict:
         "device_name": "some processor",
         "isa": "avx2",
         "threads": 2,
+        "clocks": {"before": {"cores_mhz": [2500.0, 3100.4]}, "after": {"cores_mhz": [3100.4, 3100.1]}},
         "model": model,
         "dtype": dtype,
         "batch": batch,

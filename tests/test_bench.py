@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_fused import bench, report
+from resnet_fused import bench, environment, report
 from resnet_fused.errors import InputError, WorkerError
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +102,53 @@ def test_bad_job(arguments, words):
     with pytest.raises(InputError) as error:
         bench.Job(**arguments)
     assert all(word in str(error.value) for word in words)
+
+
+def test_clocks_of_the_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(environment, "CPUFREQ", tmp_path)
+    assert environment.clocks("cpu") is None, "no such system"
+    (tmp_path / "cpuinfo").write_text("model name\t: some\ncpu MHz\t\t: 2596.142\n\ncpu MHz\t\t: 800.000\n")
+    assert environment.clocks("cpu") == {"cores_mhz": [2596.142, 800.0]}
+    (tmp_path / "cpuinfo").write_text("model name\t: some\ncpu MHz\t\t: Unknown\n")
+    assert environment.clocks("cpu") is None
+    (tmp_path / "cpu0" / "cpufreq").mkdir(parents=True)
+    (tmp_path / "cpu0" / "cpufreq" / "scaling_cur_freq").write_text("1800500\n")
+    assert environment.clocks("cpu") == {"cores_mhz": [1800.5]}
+
+
+def test_clocks_before_and_after_the_run(monkeypatch):
+    now = iter(({"cores_mhz": [1000.0]}, {"cores_mhz": [2000.0]}))
+    monkeypatch.setattr(environment, "clocks", lambda device: next(now))
+    monkeypatch.setattr(bench, "check_parity", lambda job, dtype, accuracy: ({"ok": True}, {}))
+    monkeypatch.setattr(bench, "run_worker", worker)
+    found = bench.run(bench.Job("resnet20_cifar", 1, ("bf16",)))
+    assert found["clocks"] == {"before": {"cores_mhz": [1000.0]}, "after": {"cores_mhz": [2000.0]}}
+    assert report.clocks(found) == "cores 1000 MHz before, cores 2000 MHz after"
+
+
+def worker(spec, reuse, on_progress):
+    """Stands in for `bench.run_worker`."""
+    if spec["task"] == "weigh":
+        return {"kept_mb": None, "peak_extra_mb": None}
+    return [{"name": contender.name, "ms_samples": [1.0]} for contender in bench.Job().contenders(spec["dtype"])]
+
+
+@pytest.mark.parametrize(
+    ("clocks", "words"),
+    [
+        (None, ""),
+        ({"before": None, "after": None}, ""),
+        ({"before": None, "after": {"cores_mhz": [2596.1, 800.0, 3000.0]}}, "cores 800 to 3000 MHz after"),
+        (
+            {"before": {"sm_mhz": 345, "memory_mhz": 2619}, "after": {"sm_mhz": 1980}},
+            "SM 345 MHz and memory 2619 MHz before, SM 1980 MHz after",
+        ),
+    ],
+)
+def test_clocks_in_words(clocks, words):
+    assert report.clocks({"clocks": clocks}) == words
+    assert report.clocks({}) == "", "a result from before clocks were recorded"
 
 
 def test_worker_failure_names_the_cause():

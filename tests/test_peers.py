@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from resnet_fused import bench, cli, models, peers, report
+from resnet_fused import bench, cli, environment, models, peers, report
 from resnet_fused.errors import InputError
 from resnet_fused.peers import cudnn_frontend, energy, jax, onnxruntime, openvino, race, torch_compile, worker
 from resnet_fused.peers.peer import EAGER, FUSED, PEER, Peer, Task
@@ -114,6 +114,16 @@ def test_everyone_gets_a_row(quick):
     assert result["machine"] == report_samples.MACHINE
     assert {(plan["dtype"], plan["accuracy"]) for plan in result["plans"]} == {("fp32", "strict"), ("fp32", "fast")}
     assert all(plan["coverage"] == 1 for plan in result["plans"])
+
+
+def test_clocks_before_and_after_the_turns(quick, monkeypatch):
+    moment = ["start"]
+    monkeypatch.setattr(
+        environment, "clocks", lambda device: {"cores_mhz": [2000.0 if "turns" in moment[0] else 1000.0]}
+    )
+    result = compare(*fake_peers.HONEST[:3], on_progress=lambda what, share: moment.__setitem__(0, what))
+    assert result["clocks"]["before"] == {"cores_mhz": [1000.0]}
+    assert result["clocks"]["after"] == {"cores_mhz": [2000.0]}
 
 
 def test_fused_model_with_other_numbers_fails_parity(quick):
@@ -496,7 +506,7 @@ def test_no_energy_where_it_cannot_be_read(tmp_path, monkeypatch):
     assert energy.cpu_meter() is None
 
 
-def test_gpu_energy_is_that_of_the_gpu_in_use(monkeypatch):
+def test_gpu_energy_and_clocks_are_those_of_the_gpu_in_use(monkeypatch):
     asked = []
 
     class Nvml:
@@ -511,6 +521,10 @@ def test_gpu_energy_is_that_of_the_gpu_in_use(monkeypatch):
             value._obj.value = 2500
             return 0
 
+        def nvmlDeviceGetClockInfo(self, handle, kind, value):
+            value._obj.value = 1980
+            return 0 if kind == 1 else 3  # NVML_CLOCK_SM; NVML_ERROR_NOT_SUPPORTED
+
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Nvml())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"abc-{device}"))
@@ -518,6 +532,16 @@ def test_gpu_energy_is_that_of_the_gpu_in_use(monkeypatch):
     assert read is not None
     assert read() == 2.5
     assert asked == [b"GPU-abc-1"]
+    assert environment.clocks("cuda") == {"sm_mhz": 1980}, "without that which the GPU does not tell"
+
+
+def test_nothing_is_told_of_a_gpu_without_nvml(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert energy.gpu_meter() is None
+    assert environment.clocks("cuda") is None
 
 
 def test_joules_of_an_image(monkeypatch, tmp_path):
@@ -550,6 +574,7 @@ def test_table_shows_who_wins():
     assert "fp32 fused fast: 10.0 images/s, 0.91x, SLOWER than the best peer, OpenVINO, with 11.0" in text
     assert "TensorRT: absent, tensorrt not installed" in text
     assert "JAX: failed, no answer within 900 s" in text
+    assert "clocks: cores 2500 to 3100 MHz before, cores 3100 MHz after" in text
     order = [line for line in text.splitlines() if line.startswith("│")]
     assert "cheat" in order[0], "the fastest is first, wrong or not"
 

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from .. import nvml
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -46,17 +46,14 @@ def cpu_meter() -> Meter | None:
 
 def gpu_meter() -> Meter | None:
     """NVML's count for torch's current GPU, which GPUs since Volta keep in millijoules."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+    gpu = nvml.current_gpu()
+    if gpu is None:
         return None
-    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
-    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
-    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)):
-        return None
+    library, handle = gpu
+    millijoules = ctypes.c_ulonglong()
 
     def read() -> float:
-        if status := nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)):
+        if status := library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)):
             raise OSError(f"NVML gives no energy, status {status}")
         return millijoules.value / 1e3
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy
 import torch
 
-from .. import bench, models, roofline
+from .. import bench, environment, models, roofline
 from ..verify import FAST_LIMIT
 from .peer import FUSED, PEER, Peer, Task
 from .registry import contenders
@@ -333,7 +333,8 @@ def run(
     threads = torch.get_num_threads()
     tasks = [Task(job.device, dtype, job.batch, threads) for dtype in job.dtypes]
     fields = [(field_of(t) if field_of else contenders(t, job.accuracies(t.dtype), only)) for t in tasks]
-    result = bench.header(job) | {"peers": True}
+    clocks = {"before": environment.clocks(job.device), "after": None}
+    result = bench.header(job) | {"peers": True, "clocks": clocks}
     rows: list[dict[str, Any]] = []
     plans: list[dict[str, Any]] = []
     try:
@@ -355,6 +356,7 @@ def run(
             try:
                 race.prepare(lambda what, share, tell=tell: tell(what, 0.7 * share))  # type: ignore[misc]
                 race.time(lambda share, tell=tell: tell("taking turns", 0.7 + 0.28 * share))  # type: ignore[misc]
+                clocks["after"] = environment.clocks(job.device)
                 tell("energy", 0.98)
                 race.weigh_energy()
             except KeyboardInterrupt:
