@@ -457,12 +457,9 @@ def model_points(device: Device, dtype: str) -> list[tuple[float, float, str]]:
     found = []
     for case in device.cases:
         ours = case.fused()
-        if case.dtype != dtype or ours is None or case.plan is None:
-            continue
-        moved = sum(row.get("bytes") or 0 for row in case.plan["rows"])
-        work = sum(row["flops"] for row in case.plan["rows"])
-        if moved:
-            found.append((work / moved, work / case.batch * ours.speed / 1e9, f"{case.model}, {case.batch}"))
+        if case.dtype == dtype and ours and case.roof:
+            rate = case.roof.flops / case.batch * ours.speed / 1e9
+            found.append((case.roof.intensity, rate, f"{case.model}, {case.batch}"))
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,8 +156,9 @@ SECTIONS = {
     ),
     "roofline": (
         "Roofline",
-        "The sloping roof is the machine's copy bandwidth, the flat one its matrix product, both measured in the same "
-        "runs. Operations are those of direct convolution, so Winograd can pass the roof; data in a cache can as well.",
+        "The sloping roof is the machine's copy bandwidth, the flat one its matrix product. Every run measures both; "
+        "the best of all runs is drawn. Operations are those of direct convolution, so Winograd can pass the roof; "
+        "what a cache holds can as well. All figures, below, have every contender's share of the bound in its own run.",
     ),
     "latency": (
         "Latency over batch",
@@ -182,7 +183,12 @@ def page(device: Device, drawn: dict[str, tuple[str, str, Any]]) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["number"] = lambda value: "" if value is None else plots.number(value)
+    environment.filters |= {
+        "number": lambda value: "" if value is None else plots.number(value),
+        "percent": tables.percent,
+        "settings": tables.settings,
+        "bound": lambda line: tables.bound(asdict(line)),
+    }
     summary, losses = verdicts(device.cases)
     columns, rows = grid(device)
     newest = device.newest

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from resnet_fused import report as tables
 from resnet_fused.bench import SCHEMA
 from resnet_fused.errors import InputError
-from resnet_fused.roofline import Machine
+from resnet_fused.roofline import Machine, Placement, placement, standing, total
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE_FILE = "baseline.json"
@@ -40,6 +41,11 @@ class Line:
     error: float | None
     unfused_error: float | None
     flipped: int | None
+    settings: dict[str, Any] | None
+    flop_per_byte: float | None
+    bound: str | None
+    bound_ms: float | None
+    share_of_bound: float | None
 
     @property
     def speed(self) -> float:
@@ -59,6 +65,8 @@ class Case:
     commit: str | None
     plan: dict[str, Any] | None  # of the model fused at accuracy="strict"
     machine: Machine | None
+    roof: Placement | None  # of the model, on the machine as the same run measured it
+    clocks: str  # in words
     interrupted: bool = False
 
     @property
@@ -235,6 +243,21 @@ def load(folder: Path) -> Device:
     return device
 
 
+def _place(plan: dict[str, Any] | None, machine: Machine | None) -> Placement | None:
+    """The model's place on the roofline of its own run; None without a plan that counts bytes, or without rates."""
+    if plan is None or machine is None:
+        return None
+    if plan.get("roof"):
+        return Placement(**plan["roof"])
+    placed = []
+    for row in plan["rows"]:  # of a run from before plans were placed
+        if not row.get("bytes") or row["dtype"] not in machine.matmul_tflop_s:
+            continue
+        work = row["flops"] // 4 if row["kernel"] == "transition" else row["flops"]  # counted before its 2x2 pooling
+        placed.append(placement(work, row["bytes"], row["layer_bytes"], row["dtype"], machine))
+    return total(placed) if placed else None
+
+
 def _cases(path: Path, values: dict[str, Any]) -> Iterator[Case]:
     machine = Machine.from_dict(values["machine"]) if values.get("machine") else None
     for dtype in values["dtype"].split(","):
@@ -242,21 +265,26 @@ def _cases(path: Path, values: dict[str, Any]) -> Iterator[Case]:
         # Peers are timed with the allocator that keeps memory, so that is what their absence is shown with too.
         reused = [row for row in rows if row.get("memory") == "reused"]
         plans = [p for p in values.get("plans", ()) if p.get("dtype") == dtype and p.get("accuracy") == "strict"]
+        plan = plans[0] if plans else None
+        roof = _place(plan, machine)
         yield Case(
             values["model"],
             values["batch"],
             dtype,
-            tuple(map(_line, reused or rows)),
+            tuple(_line(standing(roof, row["ms_median"]) | row) for row in reused or rows),
             path,
             values.get("commit"),
-            plans[0] if plans else None,
+            plan,
             machine,
+            roof,
+            tables.clocks(values),
             bool(values.get("interrupted")),
         )
 
 
 def _line(row: dict[str, Any]) -> Line:
     optional = ("version", "setup_seconds", "peak_extra_mb", "images_per_joule", "error", "unfused_error", "flipped")
+    optional += ("settings", "flop_per_byte", "bound", "bound_ms", "share_of_bound")
     return Line(
         name=row["name"],
         kind=row.get("kind") or ("fused" if row["accuracy"] else "eager"),

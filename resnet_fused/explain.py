@@ -41,7 +41,7 @@ class PlanRow:
         bytes: that its input, weights and output take, each counted once.
         layer_bytes: that would move if it ran layer by layer; see `roofline.Placement`.
         roof: its place on the roofline, if that was asked for and the machine was measured with its dtype.
-        seconds: that it took, the median of a few calls with the same input; None if the roofline was not asked for.
+        seconds: that it took, the median of a few calls with the same input; None if it was not timed.
     """
 
     block: str
@@ -89,13 +89,15 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """That the rows which are placed on the roofline took together; None where none is."""
-        return sum(row.seconds or 0.0 for row in self.rows if row.roof) if self.roof else None
+        """That the rows which were timed took together; None where none was."""
+        timed = [row.seconds for row in self.rows if row.seconds is not None]
+        return sum(timed) if timed else None
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values."""
-        machine = {"machine": self.machine.to_dict()} if self.machine else {}
-        return {"coverage": self.coverage, "rows": [asdict(row) for row in self.rows], **machine}
+        placed = {"machine": self.machine.to_dict()} if self.machine else {}
+        placed |= {"roof": asdict(self.roof)} if self.roof else {}
+        return {"coverage": self.coverage, "rows": [asdict(row) for row in self.rows], **placed}
 
     def __rich__(self) -> Table:
         return self._plan_table() if self.machine is None else self._roofline_table(self.machine)
@@ -127,7 +129,7 @@ class Plan:
             by = f"{row.backend} {row.algorithm}".strip()
             cells = _figures(row.roof, row.seconds) if row.roof else ("", "", "", "", "not measured", "", "", "")
             table.add_row(row.block, row.kernel, by, *cells, style=_style(row))
-        if self.roof and self.seconds is not None:
+        if self.roof:
             table.add_section()
             table.add_row("all of them", "", "", *_figures(self.roof, self.seconds), style="bold")
         return table
@@ -157,7 +159,7 @@ def _figures(roof: Placement, seconds: float | None) -> tuple[str, ...]:
     )
 
 
-def explain(fast: nn.Module, x: Tensor, roofline: bool | Machine = False) -> Plan:
+def explain(fast: nn.Module, x: Tensor, roofline: bool | Machine = False, timed: bool = True) -> Plan:
     """Run a fused model once and report what ran.
 
     Args:
@@ -165,6 +167,7 @@ def explain(fast: nn.Module, x: Tensor, roofline: bool | Machine = False) -> Pla
         x: its input.
         roofline: also time every op and place it on the roofline of this machine, which is measured first (one or two
             seconds), or of the `Machine` given.
+        timed: if False, ops are placed on the roofline but not timed.
 
     Returns:
         The plan; print it for a table.
@@ -175,7 +178,7 @@ def explain(fast: nn.Module, x: Tensor, roofline: bool | Machine = False) -> Pla
     check_model("fast", fast)
     check_tensor("x", x)
     machine = _machine(roofline, x)
-    watch = _Watch(fast, x, machine)
+    watch = _Watch(fast, x, machine, timed)
     # In inference mode torch would hand over composite operators that contain a convolution.
     with torch.inference_mode(False), torch.no_grad(), watch:
         fast(x)
@@ -208,9 +211,9 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 class _Watch(TorchDispatchMode):
     """Takes down every fused op and every convolution that runs."""
 
-    def __init__(self, model: nn.Module, x: Tensor, machine: Machine | None) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, machine: Machine | None, timed: bool) -> None:
         super().__init__()
-        self._machine = machine
+        self._machine, self._timed = machine, timed
         self.rows: list[PlanRow] = []
         self._blocks: dict[int, str] = {}
         self._convs: dict[int, str] = {}
@@ -244,11 +247,11 @@ class _Watch(TorchDispatchMode):
         return y
 
     def _placed(self, row: PlanRow, work: int, call: Callable[[], object], device: torch.device) -> PlanRow:
-        """The row with its place on the roofline and its time, if they are wanted and the machine has its dtype."""
+        """The row with its place on the roofline, and its time, if they are wanted and the machine has its dtype."""
         if self._machine is None or row.dtype not in self._machine.matmul_tflop_s:
             return row
         roof = placement(work, row.bytes, row.layer_bytes, row.dtype, self._machine)
-        return replace(row, roof=roof, seconds=_seconds(call, device))
+        return replace(row, roof=roof, seconds=_seconds(call, device) if self._timed else None)
 
     def _unfused(self, x: Tensor, weight: Tensor, y: Tensor, transposed: bool) -> PlanRow:
         name, why = self._convs.get(id(weight), ""), "its weight is computed, by autocast or otherwise"

@@ -6,13 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from .errors import InputError
+from .roofline import Machine
 
 Result = dict[str, Any]  # what bench.run and peers.run return
 Row = dict[str, Any]
+
+NARROW: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+"""Options of a table with so many columns that 80 characters are few."""
 
 
 def check_output(option: str, path: Path | None, suffix: str = "") -> None:
@@ -59,6 +64,19 @@ def _clock_words(told: dict[str, Any]) -> str:
     return " and ".join(words)
 
 
+def settings(chosen: dict[str, Any]) -> str:
+    """A contender's settings in one line."""
+    return ", ".join(f"{name}={value}" for name, value in chosen.items())
+
+
+def bound(row: Row) -> str:
+    """A row's place on the roofline, in words; empty without one."""
+    if not row.get("bound_ms"):
+        return ""
+    least = f"{row['bound_ms']:.0f}" if row["bound_ms"] >= 100 else f"{row['bound_ms']:.3g}"
+    return f"{row['flop_per_byte']:.0f} FLOP/byte, at least {least} ms ({row['bound']})"
+
+
 def row_label(row: dict[str, Any]) -> str:
     """The name of a row, its allocator setting included."""
     return row["name"] + (", memory reused" if row["memory"] == "reused" else "")
@@ -67,8 +85,10 @@ def row_label(row: dict[str, Any]) -> str:
 def print_result(result: Result, console: Console) -> None:
     """Print what a result holds: tables of parity, throughput and costs, or the comparison with the peers."""
     console.print(conditions(result), style="bold")
-    if words := clocks(result):
-        console.print(f"clocks: {words}", highlight=False)
+    machine = f"machine: {Machine.from_dict(result['machine'])}" if result.get("machine") else ""
+    clock_words = f"clocks: {clocks(result)}" if clocks(result) else ""
+    for words in filter(None, (machine, clock_words)):
+        console.print(words, highlight=False)
     if result["peers"]:
         print_peers(result, console)
         return
@@ -94,10 +114,15 @@ def print_peers(result: Result, console: Console) -> None:
         for row in rows:
             if row["status"] != "ok":
                 console.print(f"{row['name']}: {row['status']}, {row['detail']}", markup=False, highlight=False)
+        for row in rows:
+            if row["kind"] == "peer" and row.get("settings"):
+                words = f"{row['name']}: {settings(row['settings'])}"
+                console.print(words, style="dim", markup=False, highlight=False)
         for row in (row for row in rows if row["kind"] == "fused"):
             console.print(verdict(row, rows), style="bold", markup=False)
     console.print(
-        f"Speed-up: over {result['baseline']}. ms: the median, beside it the 20th and 80th percentile. Set-up: export, "
+        f"Speed-up: over {result['baseline']}. ms: the median, beside it the 20th and 80th percentile. Of bound: the "
+        "least time at the machine's rates, as a share of ms; Winograd and caches can pass 100%. Set-up: export, "
         "compiling, fusing and the first call. Error: the largest of a logit against float64, beside it how many times "
         "unfused torch's. Flipped: predictions that differ from float64's. Extra: the peak of one forward pass. Kept: "
         "what set-up leaves behind. Memory is reused by all.",
@@ -123,8 +148,11 @@ def peers_table(result: Result, dtype: str) -> Table:
     rows = timed_rows(result, dtype)
     energy = any(row.get("images_per_joule") for row in rows)
     known = (None, result["versions"]["torch"])  # it is in the heading
-    table = Table("contender", title=f"{dtype}: interleaved, the fastest first")
-    for column in ("images/s", "speed-up", "ms", "20-80%", "set-up s", *(["images/J"] if energy else [])):
+    roof = next(filter(None, map(bound, rows)), "")
+    table = Table("contender", title=f"{dtype}: interleaved, the fastest first", **NARROW)
+    table.caption = f"roofline: {roof}" if roof else None
+    columns = ("images/s", "speed-up", "ms", "20-80%", "of bound", "set-up s", *(["images/J"] if energy else []))
+    for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -133,6 +161,7 @@ def peers_table(result: Result, dtype: str) -> Table:
             f"{row['speedup']:.2f}x" if row["speedup"] else "",
             number(row["ms_median"], 1),
             f"{row['ms_p20']:.1f}-{row['ms_p80']:.1f}",
+            percent(row.get("share_of_bound")),
             number(row["setup_seconds"], 1),
             *([number(row.get("images_per_joule"), 2)] if energy else []),
             style=style_of(row),
@@ -142,7 +171,7 @@ def peers_table(result: Result, dtype: str) -> Table:
 
 def numbers_table(result: Result, dtype: str) -> Table:
     """Parity and memory, one line for each contender that was timed."""
-    table = Table("contender", title=f"{dtype}: parity with float64, and memory")
+    table = Table("contender", title=f"{dtype}: parity with float64, and memory", **NARROW)
     for column in ("error", "/ unfused", "flipped", "extra MB", "kept MB"):
         table.add_column(column, justify="right")
     for row in timed_rows(result, dtype):
@@ -247,6 +276,11 @@ def select(result: Result, dtype: str, memory: str) -> list[dict[str, Any]]:
 def number(value: float | None, digits: int) -> str:
     """The number with so many digits after the point; nothing for None."""
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def percent(share: float | None) -> str:
+    """The share in whole percents; nothing for None."""
+    return "" if share is None else f"{share:.0%}"
 
 
 def markdown_table(result: Result) -> str:

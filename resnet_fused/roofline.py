@@ -202,6 +202,19 @@ def total(placements: Sequence[Placement]) -> Placement:
     )
 
 
+def standing(roof: Placement | None, milliseconds: float | None) -> dict[str, Any]:
+    """Where a model stands that took so long, as the fields of a benchmark's row; each None if it is not known."""
+    if roof is None:
+        return dict.fromkeys(("flop_per_byte", "bound", "bound_ms", "share_of_bound"))
+    bound_ms = roof.bound_seconds * 1e3
+    return {
+        "flop_per_byte": roof.intensity,
+        "bound": roof.bound,
+        "bound_ms": bound_ms,
+        "share_of_bound": bound_ms / milliseconds if milliseconds else None,
+    }
+
+
 # --- what the machine can do --------------------------------------------------------------------------------------
 
 

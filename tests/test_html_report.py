@@ -17,6 +17,7 @@ from matplotlib.text import Text
 from typer.testing import CliRunner
 
 from resnet_fused.errors import InputError
+from resnet_fused.roofline import Placement
 
 ROOT = Path(__file__).parent.parent
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -119,6 +120,38 @@ def test_other_files_are_refused_with_the_reason(results, text, words):
         report.make(results, None)
 
 
+def test_cases_are_placed_by_the_rates_of_their_own_run(results):
+    other = samples.MACHINE | {"copy_gb_s": 40.0, "matmul_tflop_s": {"fp32": 0.4}}
+    samples.write(samples.with_peers("resnet34") | {"machine": other}, results / "some-processor" / "d.json")
+    device = result_files.load(results / "some-processor")
+    bounds = {case.title: case.roof.bound_seconds for case in device.cases if case.roof and case.dtype == "fp32"}
+    expected = sum(max(row["flops"] / 0.2e12, row["bytes"] / 20e9) for row in samples.PLAN_ROWS)
+    assert bounds["resnet18, batch 1, fp32"] == pytest.approx(expected)
+    assert bounds["resnet34, batch 1, fp32"] == pytest.approx(expected / 2)
+    shares = {(case.title, line.name): line.share_of_bound for case in device.cases for line in case.lines}
+    assert shares["resnet18, batch 1, fp32", "OpenVINO"] == pytest.approx(expected * 11.0)
+    assert shares["resnet18, batch 1, fp32", "TensorRT"] is None, "absent"
+    assert shares["resnet50, batch 16, fp32", "fused"] is None, "the main job measures no rates"
+
+
+def test_recorded_places_are_taken_as_they_are():
+    result = samples.with_peers()
+    roof = {"flops": 80, "bytes": 10, "layer_bytes": 20, "bound_seconds": 0.01, "bound": "memory"}
+    result["plans"][0]["roof"] = roof
+    for row in result["rows"]:
+        row |= {"flop_per_byte": 8.0, "bound": "memory", "bound_ms": 10.0, "share_of_bound": 0.12}
+    (case,) = result_files._cases(Path("x"), result)
+    assert case.roof == Placement(**roof) and {line.share_of_bound for line in case.lines} == {0.12}
+
+
+def test_transitions_of_older_results_multiply_after_their_pooling():
+    result = samples.with_peers()
+    row = {"kernel": "transition", "flops": 4_000_000, "bytes": 10, "layer_bytes": 20, "dtype": "fp32"}
+    result["plans"][0]["rows"] = [row]
+    (case,) = result_files._cases(Path("x"), result)
+    assert case.roof.flops == 1_000_000
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="must hold results of resnet-fused bench, got none"):
         report.write(tmp_path)
@@ -218,12 +251,17 @@ def test_page_and_plots(results):
         "OpenVINO is 1.10 times as fast as fused",
         "TensorRT absent: tensorrt not installed",
         "Every fused model holds parity",
-        "copy 20.0 GB/s, matmul fp32 0.2 TFLOP/s",
+        "best rates of all runscopy 20.0 GB/s, matmul fp32 0.2 TFLOP/s, bf16 2 TFLOP/s",
+        "the best of all runs is drawn",
+        "This run: copy 20.0 GB/s, matmul fp32 0.2 TFLOP/s, bf16 2 TFLOP/s; clocks: cores 2500 to 3100 MHz before",
+        "The model: 52 FLOP/byte, at least 5.8 ms (compute).",
+        "OpenVINOgraph=all, threads=2",
         "clockscores 2500 to 3100 MHz before, cores 3100 MHz after",
         "peers/a.json",
         "gpu/summary.json",
     ):
         assert words in text, words
+    assert "<td>7%</td>" in source, "fused reaches 5.8 of 83 ms"
     titles = re.findall("<h2>(.*?)</h2>", source)
     assert titles[:5] == [title for title, _ in report.SECTIONS.values()]
     assert source.count("<svg") == 2 + 4, "a figure of throughput for each model, and one of each other kind"

@@ -26,9 +26,11 @@ from resnet_fused.errors import InputError
 from resnet_fused.peers import cudnn_frontend, energy, jax, onnxruntime, openvino, race, torch_compile, worker
 from resnet_fused.peers.peer import EAGER, FUSED, PEER, Peer, Task
 from resnet_fused.peers.traced import traced
+from resnet_fused.roofline import Machine, Placement
 
 JOB = bench.Job("resnet20_cifar", 2, ("fp32",), seconds=0.0)
 TASK = Task("cpu", "fp32", 2, 1)
+MACHINE = Machine.from_dict(report_samples.MACHINE)
 
 
 class SameProcess:
@@ -55,8 +57,7 @@ def quick(monkeypatch):
     """`peers.run` in this process, on a machine that need not be measured."""
     monkeypatch.setattr(race, "Process", SameProcess)
     monkeypatch.setattr(race, "TURN_SECONDS", 0.0)
-    machine = SimpleNamespace(to_dict=lambda: report_samples.MACHINE)
-    monkeypatch.setattr(race.roofline, "measure", lambda device, dtypes: machine)
+    monkeypatch.setattr(race.roofline, "measure", lambda device, dtypes: MACHINE)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would wait for each other where the machine is busy
     yield
@@ -114,6 +115,26 @@ def test_everyone_gets_a_row(quick):
     assert result["machine"] == report_samples.MACHINE
     assert {(plan["dtype"], plan["accuracy"]) for plan in result["plans"]} == {("fp32", "strict"), ("fp32", "fast")}
     assert all(plan["coverage"] == 1 for plan in result["plans"])
+
+
+def test_every_row_is_placed_on_the_roofline_of_the_run(quick):
+    job = bench.Job("resnet20_cifar", 2, ("fp32", "bf16"), seconds=0.0)
+    result = json.loads(json.dumps(compare(*fake_peers.HONEST[:3], fake_peers.ABSENT, job=job)))
+    for dtype in ("fp32", "bf16"):
+        (plan,) = [plan for plan in result["plans"] if plan["dtype"] == dtype]
+        roof = Placement(**plan["roof"])
+        parts = [Placement(**row["roof"]) for row in plan["rows"]]
+        assert roof == race.roofline.total(parts) and roof.bytes == sum(row["bytes"] for row in plan["rows"])
+        for row in (row for row in result["rows"] if row["dtype"] == dtype):
+            assert (row["flop_per_byte"], row["bound"]) == (roof.intensity, roof.bound)
+            assert row["bound_ms"] == pytest.approx(roof.bound_seconds * 1e3)
+            timed = row["status"] == "ok"
+            assert row["share_of_bound"] == (pytest.approx(row["bound_ms"] / row["ms_median"]) if timed else None)
+
+
+def test_without_a_fused_model_there_is_no_bound(quick):
+    rows = compare(*fake_peers.HONEST[:2])["rows"]
+    assert [(row["bound"], row["share_of_bound"]) for row in rows] == [(None, None)] * 2
 
 
 def test_clocks_before_and_after_the_turns(quick, monkeypatch):
@@ -189,7 +210,7 @@ def test_what_counts_as_the_same_numbers():
         for entry, error in zip(entries, (1e-4, off), strict=True):
             entry.status, entry.setup = "ok", {"logits": exact + error, "blocks": 3}
         task = Task("cpu", dtype, 2, 1)
-        race.Race(JOB, task, entries, Path(), 1.0).judge(exact)
+        race.Race(JOB, task, entries, Path(), 1.0, MACHINE).judge(exact)
         return entries[1].status
 
     strict, fast, peer = fake_peers.HONEST[2], fake_peers.HONEST[3], fake_peers.SHIFTED
@@ -211,9 +232,9 @@ def test_flipped_predictions():
 
 def test_memory_that_contenders_keep():
     entries = [race.Entry(fake_peers.SHIFTED, process="some", setup={"peak_extra_mb": mb}) for mb in (None, 1e9)]
-    short = race.Race(JOB, TASK, entries[:1], Path(), 1.0)
+    short = race.Race(JOB, TASK, entries[:1], Path(), 1.0, MACHINE)
     assert not short.short_of_memory()
-    assert race.Race(JOB, TASK, entries, Path(), 1.0).short_of_memory()
+    assert race.Race(JOB, TASK, entries, Path(), 1.0, MACHINE).short_of_memory()
 
 
 # --- processes ----------------------------------------------------------------------------------------------------
@@ -247,7 +268,7 @@ def test_a_process_is_stopped_while_it_waits_and_killed_when_it_hangs(start):
     process = start(fake_peers.HANGING)
     assert eventually(lambda: state(process) == "T")
     with pytest.raises(race.Failure, match="no answer within 1 s"):
-        process.ask("set_up", 1)
+        process.ask("set_up", 1, machine=MACHINE)
     process.end()
     assert process.process.returncode == -signal.SIGKILL
 
@@ -263,7 +284,7 @@ def test_a_process_is_stopped_while_it_waits_and_killed_when_it_hangs(start):
 def test_how_a_process_died(start, peer, words):
     process = start(getattr(fake_peers, peer))
     with pytest.raises(race.Failure, match=words):
-        process.ask("set_up", 300)
+        process.ask("set_up", 300, machine=MACHINE)
 
 
 def eventually(condition, seconds=20.0):
@@ -548,7 +569,7 @@ def test_joules_of_an_image(monkeypatch, tmp_path):
     pictures = tmp_path / "pictures.pt"
     torch.save(torch.rand(2, 3, 32, 32), pictures)
     runner = worker.Runner(fake_peers.HONEST[0], "resnet20_cifar", TASK, pictures)
-    runner.set_up()
+    runner.set_up(MACHINE)
     monkeypatch.setattr(worker, "meter", lambda device: None)
     assert runner.joules(0.0) is None
     used = iter((100.0, 110.0))
@@ -574,9 +595,21 @@ def test_table_shows_who_wins():
     assert "fp32 fused fast: 10.0 images/s, 0.91x, SLOWER than the best peer, OpenVINO, with 11.0" in text
     assert "TensorRT: absent, tensorrt not installed" in text
     assert "JAX: failed, no answer within 900 s" in text
+    assert "machine: copy 20.0 GB/s, matmul fp32 0.2 TFLOP/s" in text
     assert "clocks: cores 2500 to 3100 MHz before, cores 3100 MHz after" in text
-    order = [line for line in text.splitlines() if line.startswith("│")]
-    assert "cheat" in order[0], "the fastest is first, wrong or not"
+    assert "OpenVINO: graph=all, threads=2" in text
+    order = [line.split()[0] for line in text.partition("images/s")[2].splitlines()[2:4]]
+    assert order == ["cheat", "fused"], "the fastest is first, wrong or not"
+
+
+def test_table_shows_the_share_of_the_bound():
+    result = report_samples.with_peers()
+    for row in result["rows"]:
+        row |= {"flop_per_byte": 51.8, "bound": "compute", "bound_ms": 8.04, "share_of_bound": 0.097}
+    text = printed(result)
+    assert "roofline: 52 FLOP/byte, at least 8.04 ms (compute)" in text
+    assert "of bound" in text and " 10% " in next(line for line in text.splitlines() if line.startswith(" fused "))
+    assert "roofline:" not in printed(report_samples.with_peers()), "a result from before this was recorded"
 
 
 def test_table_of_a_run_without_anything():

@@ -110,6 +110,14 @@ def test_a_model_is_the_sum_of_its_blocks():
     assert total == Placement(300, 100, 140, 8.0, "memory")
 
 
+def test_what_a_model_reaches_of_its_bound():
+    roof = Placement(6000, 1000, 2000, 0.004, "memory")
+    stands = {"flop_per_byte": 6.0, "bound": "memory", "bound_ms": pytest.approx(4.0), "share_of_bound": 0.25}
+    assert roofline.standing(roof, 16.0) == stands
+    assert roofline.standing(roof, None) == stands | {"share_of_bound": None}
+    assert roofline.standing(None, 16.0) == dict.fromkeys(stands)
+
+
 def test_machine_as_plain_values():
     machine = Machine("cuda", "a GPU", 4, 3000.0, {"bf16": 800.0}, 2.5)
     assert Machine.from_dict(json.loads(json.dumps(machine.to_dict()))) == machine
@@ -192,6 +200,16 @@ def test_explain_places_and_times_every_row(monkeypatch):
     data = json.loads(json.dumps(plan.to_dict()))
     assert data["machine"] == MACHINE.to_dict() and data["rows"][0]["roof"]["bytes"] == stem.bytes
     assert "machine" not in plain.to_dict()
+
+
+def test_explain_places_without_timing():
+    fast, x = rf.fuse(tiny(), backend="reference"), images()
+    plan = rf.explain(fast, x, roofline=MACHINE, timed=False)
+    assert [row.roof for row in plan.rows] == [row.roof for row in rf.explain(fast, x, roofline=MACHINE).rows]
+    assert all(row.seconds is None and row.share is None for row in plan.rows) and plan.seconds is None
+    assert Placement(**json.loads(json.dumps(plan.to_dict()))["roof"]) == plan.roof
+    whole = next(line for line in render(plan, 120).splitlines() if "all of them" in line)
+    assert f"{plan.roof.bound_seconds * 1e3:.3f}" in whole and "%" not in whole
 
 
 def test_explain_measures_this_machine(monkeypatch):

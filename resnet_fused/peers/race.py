@@ -25,6 +25,7 @@ import numpy
 import torch
 
 from .. import bench, environment, models, roofline
+from ..roofline import Machine, Placement
 from ..verify import FAST_LIMIT
 from .peer import FUSED, PEER, Peer, Task
 from .registry import contenders
@@ -141,6 +142,7 @@ class Race:
     entries: list[Entry]
     folder: Path
     limit: float
+    machine: Machine
     plans: list[dict[str, Any]] = field(default_factory=list)
 
     def prepare(self, on_progress: Callable[[str, float], None]) -> None:
@@ -166,7 +168,7 @@ class Race:
             try:
                 entry.process = self.process(entry.peer, str(done))
                 entry.process.ask("start", self.limit, peer=entry.peer, **start)
-                entry.setup = entry.process.ask("set_up", self.limit)
+                entry.setup = entry.process.ask("set_up", self.limit, machine=self.machine)
                 entry.status, entry.detail = "ok", why
             except Failure as failure:
                 entry.fail(str(failure))
@@ -269,9 +271,14 @@ class Race:
         for entry in self.entries:
             entry.end()
 
+    def roof(self) -> Placement | None:
+        """The model's place on the roofline, by the plan of the first fused contender; None if there is no plan."""
+        return next((Placement(**plan["roof"]) for plan in self.plans if "roof" in plan), None)
+
     def rows(self, interrupted: bool) -> list[dict[str, Any]]:
         """The result's rows."""
         baseline = next((e.samples for e in self.entries if e.peer.name == bench.BASELINE), [])
+        roof = self.roof()
         rows = []
         for entry in self.entries:
             status, detail = entry.status, entry.detail
@@ -297,7 +304,8 @@ class Race:
                 "ms_samples": entry.samples,
             }
             reference = median(baseline) if baseline else None
-            rows.append(bench.summarise(row, self.task.dtype, "reused", self.task.batch, reference))
+            row = bench.summarise(row, self.task.dtype, "reused", self.task.batch, reference)
+            rows.append(row | roofline.standing(roof, row["ms_median"]))
         return rows
 
 
@@ -339,7 +347,8 @@ def run(
     plans: list[dict[str, Any]] = []
     try:
         on_progress("machine", 0.0)
-        result["machine"] = roofline.measure(job.device, job.dtypes).to_dict()
+        machine = roofline.measure(job.device, job.dtypes)
+        result["machine"] = machine.to_dict()
         if job.device == "cuda":
             torch.cuda.empty_cache()
     except KeyboardInterrupt:
@@ -352,7 +361,7 @@ def run(
             on_progress(f"{dtype}: {what}", (index + share) / len(tasks))
 
         with tempfile.TemporaryDirectory(prefix="resnet_fused-peers-", ignore_cleanup_errors=True) as folder:
-            race = Race(job, task, [Entry(peer) for peer in peers], Path(folder), limit)
+            race = Race(job, task, [Entry(peer) for peer in peers], Path(folder), limit, machine)
             try:
                 race.prepare(lambda what, share, tell=tell: tell(what, 0.7 * share))  # type: ignore[misc]
                 race.time(lambda share, tell=tell: tell("taking turns", 0.7 + 0.28 * share))  # type: ignore[misc]

@@ -20,6 +20,7 @@ import torch
 from .. import bench
 from ..explain import explain
 from ..fuse import fusions
+from ..roofline import Machine
 from .energy import meter
 from .peer import Peer, Task
 
@@ -48,8 +49,8 @@ class Runner:
         with torch.inference_mode():
             return torch.cat([exact(part.double()) for part in self.x.split(CHUNK)]).cpu().numpy()
 
-    def set_up(self) -> dict[str, Any]:
-        """Set the contender up and run it once."""
+    def set_up(self, machine: Machine) -> dict[str, Any]:
+        """Set the contender up and run it once; a fused one's plan is placed on the machine's roofline."""
         assert self.peer is not None
         before = self.memory_mb()
         started = time.perf_counter()
@@ -65,7 +66,9 @@ class Runner:
         gc.freeze()  # so that the collection before every turn is short
         fused = self.ready.fused
         with torch.inference_mode():
-            plan = explain(fused, self.x).to_dict() if fused is not None and self.peer.accuracy else None
+            plan = None
+            if fused is not None and self.peer.accuracy:
+                plan = explain(fused, self.x, machine, timed=False).to_dict()
         return {
             "logits": logits,
             "setup_seconds": setup_seconds,
