@@ -4,6 +4,8 @@
 #   make test    linters, type checks and the tests (PYTEST="-k fuse" passes arguments on; PYTEST=--thorough
 #                plants every bug and runs more sanitizers, for half an hour more)
 #   make report  the package beside every peer on this machine, and the report made of it (REPORT="--models resnet18")
+#   make baseline  how many times as fast as torch kernels and blocks are here, measured by pytest-benchmark and kept
+#   make compare   the same measured again: fails if a ratio is 10% worse (PYTEST="-k resnet18": only its blocks)
 #   make gpu     on a machine with an NVIDIA GPU: prove every kernel, tune, measure, in 10 minutes (docs/gpu.md;
 #                GPU=--full without the limit; WHEEL=path takes the native library from there and compiles nothing)
 #   make build | lint | pytest | native-test | wheel | clean
@@ -41,7 +43,7 @@ export RESNET_FUSED_CUDA
 SOURCES := $(shell find csrc tests/native tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: bench report gpu test pytest lint build native-test wheel clean FORCE
+.PHONY: bench report baseline compare gpu test pytest lint build native-test wheel clean FORCE
 .DELETE_ON_ERROR:
 
 bench: $(VENV)/.build
@@ -49,6 +51,11 @@ bench: $(VENV)/.build
 
 report: $(VENV)/.build $(VENV)/.peers
 	$(BIN)/python benchmarks/suite.py --device $(DEVICE) $(REPORT)
+
+baseline compare: $(VENV)/.build $(VENV)/.test
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-json=.benchmarks/now.json $(PYTEST)
+	$(BIN)/python benchmarks/baseline.py .benchmarks/now.json $(if $(filter baseline,$@),--save)
 
 # With a wheel, pip install -e need not compile.
 ifdef WHEEL

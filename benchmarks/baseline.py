@@ -5,7 +5,7 @@
 A result is what `pytest benchmarks --benchmark-json`, `resnet-fused bench --json`, suite.py, compare_blocks.py or
 kernels.py wrote. Times change with the machine's load; compared are ratios: the speed of the package over that of a
 reference which was timed beside it in the same run. --save adds the results to the baseline instead. Exit code 1 if a
-ratio got worse by more than --worse.
+ratio got worse by more than --worse, 2 if there is nothing to compare. `make baseline` and `make compare` measure, too.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
+import torch
 import typer
-from result_files import BASELINE_FILE, RESULTS, read
+from result_files import BASELINE_FILE, RESULTS, device_folder, read
 from rich.console import Console
 from rich.table import Table
 
@@ -180,15 +181,17 @@ def compare(now: list[Ratio], saved: dict[str, dict[str, dict[str, Any]]]) -> Co
 
 
 def default_path(paths: list[Path]) -> Path:
-    """The baseline of the device whose results these are.
+    """The baseline of the device whose results these are: by their folder, and outside of those this machine's.
 
     Raises:
-        InputError: they are not in the folder of one device.
+        InputError: they are in the folders of several devices.
     """
     folders = {parent for path in paths for parent in path.resolve().parents if parent.parent == RESULTS.resolve()}
-    if len(folders) != 1:
-        raise InputError(f"--baseline must name the file for results outside {RESULTS.name}/<device>, got none")
-    return folders.pop() / BASELINE_FILE
+    if len(folders) > 1:
+        names = " and ".join(sorted(folder.name for folder in folders))
+        raise InputError(f"--baseline must name the file for results of several devices, got none for {names}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return (folders.pop() if folders else device_folder(device, RESULTS)) / BASELINE_FILE
 
 
 def load(path: Path, save: bool) -> dict[str, Any]:
@@ -218,8 +221,9 @@ def report(outcome: Comparison, tolerance: float, console: Console) -> None:
     for title, names in (("not in the baseline", outcome.new), ("not in the results", outcome.missing)):
         for name in names:
             console.print(f"{title}: {name}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    middle = f", median of now / before {median(c.factor for c in outcome.changes):.2f}" if outcome.changes else ""
-    console.print(f"{len(outcome.changes)} ratios compared, {len(worse)} worse by more than {tolerance:.0%}{middle}")
+    middle = median(change.factor for change in outcome.changes)
+    counts = f"{len(outcome.changes)} ratios compared, {len(worse)} worse by more than {tolerance:.0%}"
+    console.print(f"{counts}, median of now / before {middle:.2f}")
 
 
 def save(found: list[Ratio], on: dict[str, Any], known: dict[str, Any], path: Path) -> None:
@@ -265,10 +269,15 @@ def main(
             save(found, on, known, path)
             print(f"{len(found)} ratios saved in {path}")
             return
+        outcome = compare(found, known["ratios"])
+        if not outcome.changes:
+            raise InputError(
+                f"the results must have a ratio in common with {path}, got none: {', '.join(outcome.new[:3])}"
+                f"{', ...' * (len(outcome.new) > 3)} are not in it (--save adds them)"
+            )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    outcome = compare(found, known["ratios"])
     report(outcome, worse, Console())
     raise typer.Exit(1 if outcome.worse(worse) else 0)
 

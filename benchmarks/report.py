@@ -18,7 +18,7 @@ import compatibility
 import jinja2
 import plots
 import typer
-from result_files import LEAST_RATE, RESULTS, Case, Device, Line, load, parse
+from result_files import BASELINE_FILE, LEAST_RATE, RESULTS, Case, Device, Line, load, parse
 
 from resnet_fused import report as tables
 from resnet_fused.errors import InputError
@@ -296,7 +296,8 @@ def make(results: Path = RESULTS, readme: Path | None = README) -> list[Path]:
     Raises:
         InputError: a file is of another schema version, or the README lacks a marker.
     """
-    pages = [write(folder) for folder in sorted(path for path in results.iterdir() if path.is_dir())]
+    folders = sorted(path for path in results.iterdir() if path.is_dir())
+    pages = [write(folder) for folder in folders if any(p.name != BASELINE_FILE for p in folder.rglob("*.json"))]
     if readme is not None:
         readme.write_text(rendered(readme.read_text(), results))
     return pages

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from resnet_fused import environment
 from resnet_fused import report as tables
 from resnet_fused.bench import SCHEMA
 from resnet_fused.errors import InputError
@@ -207,6 +212,24 @@ def disturbance(machine: Machine, dtype: str, others: Iterable[Machine]) -> str:
     if machine.matmul_tflop_s[dtype] < LEAST_RATE * matmul:
         found.append(f"{dtype} matmul {machine.matmul_tflop_s[dtype]:.3g} TFLOP/s where another run had {matmul:.3g}")
     return ", ".join(found)
+
+
+def device_folder(device: str, results: Path = RESULTS) -> Path:
+    """Where this machine's results are: the folder that has some of it, else a new one with its name."""
+    name, threads = environment.device_name(device), torch.get_num_threads()
+    mine = {"device_name": name} | (
+        {"isa": environment.instruction_sets()[0], "threads": threads} if device == "cpu" else {}
+    )
+    for path in sorted(results.glob("*/**/*.json")):
+        try:
+            found = parse(path)
+        except InputError as error:
+            print(f"{error}; it does not count", file=sys.stderr)
+            continue
+        if isinstance(found, dict) and all(found.get(key) == value for key, value in mine.items()):
+            return results / path.relative_to(results).parts[0]
+    parts = [name, *([mine["isa"], f"{threads}threads"] if device == "cpu" else [])]
+    return results / re.sub("[^a-z0-9]+", "-", "-".join(map(str, parts)).lower()).strip("-")
 
 
 def load(folder: Path) -> Device:

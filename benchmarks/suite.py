@@ -10,7 +10,6 @@ cannot be measured is reported at the end, and the others go on.
 
 from __future__ import annotations
 
-import re
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from typing import Annotated, Any
 import report as pages
 import torch
 import typer
-from result_files import RESULTS, disturbance, machines, parse, read
+from result_files import device_folder, disturbance, machines, read
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -118,24 +117,6 @@ def disturbances(suite: Suite) -> list[str]:
             if slow := disturbed(path, read(path)):
                 found.append(f"{title(job)}: measured on a disturbed machine: {slow}")
     return found
-
-
-def device_folder(device: str, results: Path = RESULTS) -> Path:
-    """Where this machine's results are: the folder that has some of it, else a new one with its name."""
-    name, threads = environment.device_name(device), torch.get_num_threads()
-    mine = {"device_name": name} | (
-        {"isa": environment.instruction_sets()[0], "threads": threads} if device == "cpu" else {}
-    )
-    for path in sorted(results.glob("*/**/*.json")):
-        try:
-            found = parse(path)
-        except InputError as error:
-            console.print(f"{error}; it does not count", style="yellow", markup=False, soft_wrap=True)
-            continue
-        if isinstance(found, dict) and all(found.get(key) == value for key, value in mine.items()):
-            return results / path.relative_to(results).parts[0]
-    parts = [name, *([mine["isa"], f"{threads}threads"] if device == "cpu" else [])]
-    return results / re.sub("[^a-z0-9]+", "-", "-".join(map(str, parts)).lower()).strip("-")
 
 
 def write(result: dict[str, Any], path: Path) -> None:

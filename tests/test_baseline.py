@@ -125,16 +125,31 @@ def test_missing_counterparts_are_named(tmp_path):
     run(samples.write(result, tmp_path / "a.json"), "--baseline", saved, "--save")
     result["benchmarks"][3]["extra_info"]["contender"] = "faster"
     result["benchmarks"][2]["extra_info"]["reference"] = "eager"
-    outcome = run(samples.write(result, tmp_path / "b.json"), "--baseline", saved)
+    blocks = samples.write(samples.blocks(), tmp_path / "c.json")
+    run(blocks, "--baseline", saved, "--save")
+    outcome = run(samples.write(result, tmp_path / "b.json"), blocks, "--baseline", saved)
     assert outcome.exit_code == 0
     assert "not in the baseline: pytest: stem: faster\n" in outcome.stdout
     assert "not in the baseline: pytest: stem: strict, beside eager now, layer-fused in the baseline" in outcome.stdout
     assert "not in the results: pytest: stem: fast\n" in outcome.stdout
-    assert "0 ratios compared" in outcome.stdout
-    other = samples.write(samples.blocks(), tmp_path / "blocks.json")
-    assert "pytest: stem" not in run(other, "--baseline", saved).stdout, (
+    assert "6 ratios compared" in outcome.stdout
+    assert "pytest: stem" not in run(blocks, "--baseline", saved).stdout, (
         "cases that were not measured are not asked for"
     )
+
+
+def test_nothing_in_common_is_an_error(tmp_path):
+    saved = tmp_path / "baseline.json"
+    run(samples.write(pytest_result(), tmp_path / "a.json"), "--baseline", saved, "--save")
+    outcome = run(samples.write(samples.blocks(), tmp_path / "b.json"), "--baseline", saved)
+    assert outcome.exit_code == 2
+    assert len(outcome.stderr.splitlines()) == 1 and outcome.stdout == ""
+    for words in (
+        f"a ratio in common with {saved}, got none",
+        "stem 3x224x224: fused",
+        ", ... are not in it",
+    ):
+        assert words in outcome.stderr
 
 
 def test_saving_adds_and_replaces(tmp_path):
@@ -160,10 +175,14 @@ def test_the_baseline_of_the_device(tmp_path, monkeypatch):
     monkeypatch.setattr(baseline, "RESULTS", tmp_path)
     path = samples.write(samples.with_peers(), tmp_path / "some-processor" / "peers" / "a.json")
     outside = samples.write(samples.with_peers(), tmp_path / "out.json")
-    assert baseline.default_path([path]) == tmp_path / "some-processor" / "baseline.json"
+    another = samples.write(samples.with_peers(), tmp_path / "another" / "a.json")
+    assert baseline.default_path([path, outside]) == tmp_path / "some-processor" / "baseline.json"
     assert run(path, "--save").exit_code == 0 and run(path).exit_code == 0
-    outcome = run(outside)
-    assert outcome.exit_code == 2 and "--baseline must name the file for results outside" in outcome.stderr
+    monkeypatch.setattr(baseline, "device_folder", lambda device, results: results / f"this {device}")
+    monkeypatch.setattr(baseline.torch.cuda, "is_available", lambda: False)
+    assert baseline.default_path([outside]) == tmp_path / "this cpu" / "baseline.json"
+    outcome = run(path, another)
+    assert outcome.exit_code == 2 and "got none for another and some-processor" in outcome.stderr
 
 
 @pytest.mark.parametrize(

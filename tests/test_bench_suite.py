@@ -215,7 +215,7 @@ def test_a_truncated_file_does_not_end_the_search_for_the_folder(tmp_path, capsy
     }
     report_samples.write(report_samples.main_job() | mine, tmp_path / "b" / "main.json")
     assert suite.device_folder("cpu", tmp_path) == tmp_path / "b"
-    words = " ".join(capsys.readouterr().out.split())
+    words = capsys.readouterr().err
     assert "cut.json must be a JSON file of a benchmark: Unterminated string" in words
 
 
