@@ -2,10 +2,10 @@
 
     python benchmarks/baseline.py RESULT.json ... [--baseline FILE] [--worse 0.1] [--save]
 
-A result is what `pytest benchmarks --benchmark-json`, `resnet-fused bench --json`, suite.py, compare_blocks.py or
-kernels.py wrote. Times change with the machine's load; compared are ratios: the speed of the package over that of a
-reference which was timed beside it in the same run. --save adds the results to the baseline instead. Exit code 1 if a
-ratio got worse by more than --worse, 2 if there is nothing to compare. `make baseline` and `make compare` measure, too.
+A result is what `pytest benchmarks --benchmark-json`, `resnet-fused bench --json`, suite.py or kernels.py wrote. Times
+change with the machine's load; compared are ratios: the speed of the package over that of a reference which was timed
+beside it in the same run. --save adds the results to the baseline instead. Exit code 1 if a ratio got worse by more
+than --worse, 2 if there is nothing to compare. `make baseline` and `make compare` measure, too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from resnet_fused import bench, environment
 from resnet_fused.errors import InputError
 
 KERNEL_REFERENCE = "eager channels_last"
-BLOCK_REFERENCE = "layer-fused"
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,6 @@ def ratios(values: dict[str, Any], path: Path) -> list[Ratio]:
         found = list(_of_pytest(values["benchmarks"]))
     elif not isinstance(rows, list):
         raise InputError(f"{path} must be the result of a benchmark, got the keys {', '.join(values)}")
-    elif any("block" in row for row in rows):
-        found = list(_of_blocks(values))
     elif any("op" in row for row in rows):
         found = list(_of_kernels(values))
     else:
@@ -115,26 +112,23 @@ def _of_pytest(benchmarks: list[dict[str, Any]]) -> Iterator[Ratio]:
 
 
 def _of_models(values: dict[str, Any]) -> Iterator[Ratio]:
-    """Of bench.run and peers.run: the fused rows, beside eager with the same allocator."""
-    kind = "peers" if values.get("peers") else "bench"
-    reference = values["baseline"]
+    """Of bench.run, peers.run and peers.run_blocks: the fused rows, beside eager with the same allocator."""
+    kind = values.get("kind") or ("peers" if values.get("peers") else "bench")
+    reference = bench.BASELINE
     rows = [row for row in values["rows"] if row["ms_median"]]
-    for dtype, memory in dict.fromkeys((row["dtype"], row["memory"]) for row in rows):
-        times = {row["name"]: row["ms_median"] for row in rows if (row["dtype"], row["memory"]) == (dtype, memory)}
-        case = f"{kind}: {values['model']}, batch {values['batch']}, {dtype}, {memory} memory"
+    for group in dict.fromkeys(map(_group, rows)):
+        dtype, memory, block = group
+        times = {row["name"]: row["ms_median"] for row in rows if _group(row) == group}
+        model = f"{values['model']}/{block}" if block else values["model"]
+        case = f"{kind}: {model}, batch {values['batch']}, {dtype}, {memory} memory"
         fused = {row["name"] for row in rows if row["accuracy"]}
         for name in times.keys() & fused if reference in times else ():
             yield Ratio(case, name, reference, times[reference] / times[name])
 
 
-def _of_blocks(values: dict[str, Any]) -> Iterator[Ratio]:
-    """Of compare_blocks.py."""
-    for row in values["rows"]:
-        times = {name: median(samples) for name, samples in row["ms_samples"].items() if samples}
-        case = f"blocks: {values['model']}, batch {values['batch']}, {values['dtype']}, {row['block']}"
-        for name in ("fused", "fast"):
-            if name in times and BLOCK_REFERENCE in times:
-                yield Ratio(case, name, BLOCK_REFERENCE, times[BLOCK_REFERENCE] / times[name])
+def _group(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What the rows of a result that are compared with each other have in common."""
+    return row["dtype"], row["memory"], row.get("block", "")
 
 
 def _of_kernels(values: dict[str, Any]) -> Iterator[Ratio]:

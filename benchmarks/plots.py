@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import html
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
-from result_files import Case, Device, Line
+from result_files import LAYER_FUSED, Case, Device, Line
+
+from resnet_fused.bench import BASELINE
 
 COLORS = {
     "ink": "#1b1f24",
@@ -302,31 +305,45 @@ def setup(cases: Sequence[Case]) -> Figure | None:
 # --- blocks -------------------------------------------------------------------------------------------------------
 
 BLOCK_STYLES = {
-    "layer-fused": (PEER, "s", "layer-fused (oneDNN)"),
+    "best": (PEER, "D", "best of all others"),
+    "layer-fused": (INK, "|", LAYER_FUSED),
     "fast": (FAST, "D", "fused, accuracy='fast'"),
-    "fused": (FUSED, "o", "fused"),
+    "strict": (FUSED, "o", "fused"),
 }
 
 
+def block_speeds(case: Case) -> dict[str, float]:
+    """How many times as fast as eager channels_last those are that a block's row shows; empty without eager."""
+    by_name = {line.name: line for line in case.lines}
+    lines = {"best": case.best_other(), "layer-fused": by_name.get(LAYER_FUSED)}
+    lines |= {accuracy: case.fused(accuracy) for accuracy in ("fast", "strict")}
+    eager = by_name[BASELINE].speed if BASELINE in by_name else 0.0
+    return {name: line.speed / eager for name, line in lines.items() if line and line.speed and eager}
+
+
 @styled
-def blocks(results: Sequence[dict[str, Any]]) -> Figure:
-    """Speed-up of every block over eager, a panel for each result of compare_blocks.py."""
-    columns = min(2, len(results))
-    rows = [results[i : i + columns] for i in range(0, len(results), columns)]
-    tallest = [max(len(result["rows"]) for result in row) for row in rows]
+def blocks(cases: Sequence[Case]) -> Figure:
+    """Speed-up of every block over eager, a panel for each model, batch and dtype."""
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for case in cases:
+        title = f"{case.network}, batch {case.batch}, {case.dtype}"
+        panels.setdefault(title, {})[case.block] = block_speeds(case)
+    columns = min(2, len(panels))
+    counts = [len(panel) for panel in panels.values()]
+    tallest = [max(counts[i : i + columns]) for i in range(0, len(counts), columns)]
     figure = Figure(figsize=(0.6 + 5.2 * columns, 0.6 + sum(0.75 + 0.21 * n for n in tallest)), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=[n + 2 for n in tallest])
+    grid = figure.subplots(len(tallest), columns, squeeze=False, height_ratios=[n + 2 for n in tallest])
     shown: dict[str, Any] = {}
-    for panel in grid.flat:
-        panel.set_visible(False)
-    for axes, result in zip(grid.flat, results, strict=False):
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for axes, (title, panel) in zip(grid.flat, panels.items(), strict=False):
         axes.set_visible(True)
-        _rows(axes, [row["block"] for row in result["rows"]])
-        for y, row in enumerate(result["rows"]):
-            times = row["ms_median"]
-            ups = {name: times["eager"] / times[name] for name in BLOCK_STYLES if times.get(name)}
-            worst = min((ups[name] for name in ups if name != "layer-fused"), default=1.0)
-            behind = worst < ups.get("layer-fused", 0.0) or worst < 1
+        _rows(axes, list(panel))
+        for y, ups in enumerate(panel.values()):
+            if not ups:
+                _note(axes, "not measured", (1, y), color=MUTED)
+                continue
+            behind = min(ups.get("strict", 0.0), ups.get("fast", math.inf)) < ups.get("best", 1.0)
             axes.plot([min(ups.values()), max(ups.values())], [y, y], color=GRID, linewidth=1.5)
             axes.get_yticklabels()[y].set_color(LOSE if behind else INK)
             for name, up in ups.items():
@@ -336,8 +353,8 @@ def blocks(results: Sequence[dict[str, Any]]) -> Figure:
         axes.set_xlim(left=min(0.9, axes.get_xlim()[0]))
         axes.grid(True, axis="x")
         axes.set_xlabel("times as fast as eager channels_last (more is better)")
-        axes.set_title(f"{result['model']}, batch {result['batch']}, {result['dtype']}")
-    figure.legend(shown.values(), shown.keys(), loc="outside upper left", ncols=3)
+        axes.set_title(title)
+    figure.legend(shown.values(), shown.keys(), loc="outside upper left", ncols=4)
     return figure
 
 
@@ -464,17 +481,19 @@ def model_points(device: Device, dtype: str) -> list[tuple[float, float, str]]:
 
 
 def block_points(device: Device, dtype: str) -> list[tuple[float, float, str]]:
-    """(FLOP/byte, GFLOP/s, name) of the blocks timed alone, at accuracy="strict", by the plan of the same model."""
+    """(FLOP/byte, GFLOP/s, name) of the blocks timed alone, at accuracy="strict"."""
     found = []
-    plans = {(case.model, case.batch): case.plan for case in device.cases if case.plan and case.dtype == dtype}
-    for result in device.blocks.values():
-        plan = plans.get((result["model"], result["batch"]))
-        if plan is None or result["dtype"] != dtype:
+    plans = {(case.model, case.batch, case.dtype): case.plan for case in device.cases}
+    for case in device.blocks:
+        ours = case.fused()
+        if case.dtype != dtype or ours is None:
             continue
-        by_name = {("stem" if row["kernel"] == "stem" else row["block"]): row for row in plan["rows"]}
-        for row in result["rows"]:
-            known = by_name.get(row["block"].split()[0])
-            milliseconds = row["ms_median"].get("fused")
-            if known and known.get("bytes") and milliseconds:
-                found.append((known["flops"] / known["bytes"], known["flops"] / milliseconds / 1e6, row["block"]))
+        if case.roof:
+            work, moved = case.roof.flops, case.roof.bytes
+        else:  # of a run from before blocks had plans: by that of their model
+            whole, path = plans.get((case.network, case.batch, dtype)) or {"rows": ()}, case.block.split()[0]
+            rows = [row for row in whole["rows"] if path in (row["block"], row["kernel"])]
+            work, moved = (sum(row.get(key) or 0 for row in rows) for key in ("flops", "bytes"))
+        if moved:
+            found.append((work / moved, work / case.batch * ours.speed / 1e9, case.block))
     return found

@@ -132,7 +132,7 @@ def figures(device: Device) -> dict[str, tuple[str, str, Any]]:
         mine = [case for case in cases if case.model == model]
         found[f"throughput-{model}"] = ("throughput", f"Throughput, {model}", plots.throughput(model, mine))
     if device.blocks:
-        found["blocks"] = ("blocks", "Speed-up of every block", plots.blocks(list(device.blocks.values())))
+        found["blocks"] = ("blocks", "Speed-up of every block", plots.blocks(device.blocks))
     for name, label, figure in (
         ("roofline", "Roofline", plots.roofline(device)),
         ("latency", "Latency over batch", plots.latency(cases)),
@@ -151,8 +151,8 @@ SECTIONS = {
     ),
     "blocks": (
         "Speed-up per block",
-        "Every distinct block alone, with the input that it gets in the model, beside eager torch at 1. Orange names: "
-        "fused is behind oneDNN's layer-fused path or eager.",
+        "Every distinct block alone, with the input that it gets in the model, beside eager torch at 1, the best of "
+        "all others and, on a CPU, oneDNN's layer-fused path. Orange names: fused is behind the best of all others.",
     ),
     "roofline": (
         "Roofline",
@@ -191,7 +191,7 @@ def page(device: Device, drawn: dict[str, tuple[str, str, Any]]) -> str:
     }
     summary, losses = verdicts(device.cases)
     columns, rows = grid(device)
-    newest = device.newest
+    newest, every = device.newest, [*device.cases, *device.blocks]
     return environment.get_template("report.html.j2").render(
         device=device,
         newest=newest,
@@ -199,17 +199,17 @@ def page(device: Device, drawn: dict[str, tuple[str, str, Any]]) -> str:
         clocks=tables.clocks(newest),
         summary=summary,
         losses=losses,
-        absences=absences(device.cases),
+        absences=absences(every),
         disturbances=disturbances(device),
         least_rate=LEAST_RATE,
         columns=columns,
         rows=rows,
         sections=sections,
         colors=plots.COLORS,
-        sources=sorted({case.source for case in device.cases} | set(device.blocks)),
-        commits=sorted({case.commit[:12] for case in device.cases if case.commit}),
+        sources=sorted({case.source for case in every}),
+        commits=sorted({case.commit[:12] for case in every if case.commit}),
         energy=any(line.images_per_joule for case in device.cases for line in case.lines),
-        parity=all(line.status == "ok" for case in device.cases for line in case.lines if line.kind == "fused"),
+        parity=all(line.status == "ok" for case in every for line in case.lines if line.kind == "fused"),
         relative=lambda path: path.relative_to(device.folder).as_posix(),
     )
 

@@ -15,13 +15,15 @@ import torch
 
 from resnet_fused import environment
 from resnet_fused import report as tables
-from resnet_fused.bench import SCHEMA
+from resnet_fused.bench import BASELINE, SCHEMA, summarise
 from resnet_fused.errors import InputError
+from resnet_fused.peers.fused import ONEDNN
 from resnet_fused.roofline import Machine, Placement, placement, standing, total
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE_FILE = "baseline.json"
 DTYPE_ORDER = ("fp32", "bf16", "fp16")
+LAYER_FUSED = ONEDNN.name
 LEAST_RATE = 0.8
 """Of the best that other runs measured: below it, something else had the machine as well."""
 
@@ -75,6 +77,16 @@ class Case:
     interrupted: bool = False
 
     @property
+    def network(self) -> str:
+        """The model; of a block, the one that it is of."""
+        return self.model.partition("/")[0]
+
+    @property
+    def block(self) -> str:
+        """The block's path and the input of one image; empty for the whole model."""
+        return self.model.partition("/")[2]
+
+    @property
     def title(self) -> str:
         """Its name."""
         return f"{self.model}, batch {self.batch}, {self.dtype}"
@@ -109,7 +121,7 @@ class Device:
         folder: of the device.
         cases: every model, batch and dtype; with peers where there is a run with peers.
         jobs: results of `resnet-fused bench` without peers, by file.
-        blocks: results of compare_blocks.py, by file.
+        blocks: every block that was measured alone, as `cases`; the model is `"resnet50/layer1.0 64x56x56"`.
         newest: the result made last, for the conditions.
         others: JSON files of other kinds.
     """
@@ -117,7 +129,7 @@ class Device:
     folder: Path
     cases: list[Case] = field(default_factory=list)
     jobs: dict[Path, dict[str, Any]] = field(default_factory=dict)
-    blocks: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    blocks: list[Case] = field(default_factory=list)
     newest: dict[str, Any] = field(default_factory=dict)
     others: list[Path] = field(default_factory=list)
 
@@ -128,13 +140,13 @@ class Device:
 
     @property
     def dtypes(self) -> list[str]:
-        """The dtypes of the cases."""
-        return sorted({case.dtype for case in self.cases}, key=DTYPE_ORDER.index)
+        """The dtypes of the cases and blocks."""
+        return sorted({case.dtype for case in (*self.cases, *self.blocks)}, key=DTYPE_ORDER.index)
 
     @property
     def machine(self) -> Machine | None:
         """The ceilings: the best of each rate, of all runs; None where none was measured."""
-        machines = [case.machine for case in self.cases if case.machine]
+        machines = [case.machine for case in (*self.cases, *self.blocks) if case.machine]
         if not machines:
             return None
         rates: dict[str, float] = {}
@@ -177,6 +189,8 @@ def read(path: Path) -> dict[str, Any]:
     version = values.get("schema", SCHEMA)  # results from before there were versions have the fields of the first
     if version != SCHEMA:
         raise InputError(f"{path} must be of schema version {SCHEMA}, got {version}: measure again")
+    if values.get("kind") == "blocks":
+        values["rows"] = [new for row in values["rows"] for new in _block_rows(row, values)]
     return values
 
 
@@ -212,6 +226,25 @@ def disturbance(machine: Machine, dtype: str, others: Iterable[Machine]) -> str:
     if machine.matmul_tflop_s[dtype] < LEAST_RATE * matmul:
         found.append(f"{dtype} matmul {machine.matmul_tflop_s[dtype]:.3g} TFLOP/s where another run had {matmul:.3g}")
     return ", ".join(found)
+
+
+OLD_BLOCK_NAMES = {
+    "eager": (BASELINE, "eager", None),
+    "layer-fused": (LAYER_FUSED, "peer", None),
+    "fused": ("fused", "fused", "strict"),
+    "fast": ("fused fast", "fused", "fast"),
+}
+
+
+def _block_rows(row: dict[str, Any], values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of today that one of a block is: itself, or one for each of the four who took part before peers did."""
+    if "name" in row:
+        yield row
+        return
+    for old, samples in row["ms_samples"].items():
+        name, kind, accuracy = OLD_BLOCK_NAMES[old]
+        new = {"block": row["block"], "name": name, "kind": kind, "accuracy": accuracy, "ms_samples": samples}
+        yield summarise(new | {"status": "ok"}, values["dtype"], "reused", values["batch"], row["ms_median"]["eager"])
 
 
 def device_folder(device: str, results: Path = RESULTS) -> Path:
@@ -251,8 +284,8 @@ def load(folder: Path) -> Device:
             continue
         if values.get("created", "") >= device.newest.get("created", ""):
             device.newest = values
-        if any("block" in row for row in rows):
-            device.blocks[path] = values
+        if values.get("kind") == "blocks":
+            device.blocks += _blocks(path, values)
             continue
         if values.get("peers"):
             with_peers += _cases(path, values)
@@ -279,6 +312,12 @@ def _place(plan: dict[str, Any] | None, machine: Machine | None) -> Placement | 
         work = row["flops"] // 4 if row["kernel"] == "transition" else row["flops"]  # counted before its 2x2 pooling
         placed.append(placement(work, row["bytes"], row["layer_bytes"], row["dtype"], machine))
     return total(placed) if placed else None
+
+
+def _blocks(path: Path, values: dict[str, Any]) -> Iterator[Case]:
+    for block in dict.fromkeys(row["block"] for row in values["rows"]):
+        mine = {key: [entry for entry in values.get(key, ()) if entry["block"] == block] for key in ("rows", "plans")}
+        yield from _cases(path, values | mine | {"model": f"{values['model']}/{block}"})
 
 
 def _cases(path: Path, values: dict[str, Any]) -> Iterator[Case]:

@@ -3,19 +3,17 @@
     python benchmarks/suite.py --models resnet18,resnet50 --batches 1,16 --dtypes fp32,bf16
 
 One file for each model, batch and dtype is written as soon as it is measured, in benchmarks/results/<device>/peers;
-those of a CPU's blocks are in blocks. What was measured already at this commit with these versions is left out, so that
-an interrupted run can be started again; but not where the machine was much slower than in other cases. A case that
-cannot be measured is reported at the end, and the others go on.
+those of its blocks, each measured alone in the same way, are in blocks. What was measured already at this commit with
+these versions is left out, so that an interrupted run can be started again; but not where the machine was much slower
+than in other cases. A case that cannot be measured is reported at the end, and the others go on.
 """
 
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,14 +30,14 @@ from resnet_fused.errors import InputError
 from resnet_fused.roofline import Machine
 from resnet_fused.settings import one_of
 
-FOLDER = Path(__file__).parent
 console = Console()
 
 MODELS = ("resnet18", "resnet50", "densenet121", "resnet56_cifar")
 BATCHES = (1, 16)
 DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 FULL_MODELS = ("resnet18", "resnet50", "resnet152", "resnet56_cifar", "densenet121", "preact_resnet164_cifar")
-BLOCK_MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # whose blocks compare_blocks.py knows
+BLOCKS = {"cpu": ("resnet50",), "cuda": ()}  # a run for each block takes a minute
+BLOCK_SECONDS = 2.0
 FULL_BATCHES = (1, 16, 64, 256)
 
 
@@ -52,6 +50,7 @@ class Suite:
     """
 
     models: tuple[str, ...]
+    blocks_of: tuple[str, ...]
     batches: tuple[int, ...]
     dtypes: tuple[str, ...]
     device: str
@@ -62,8 +61,9 @@ class Suite:
     again: bool
 
     def __post_init__(self) -> None:
-        for model, batch in product(self.models, self.batches):
-            bench.Job(model, batch, self.dtypes, self.device)
+        for model, batch in product((*self.models, *self.blocks_of), self.batches):
+            if bench.Job(model, batch, self.dtypes, self.device).block:
+                raise InputError(f"--models must be whole models (--blocks measures their blocks), got {model!r}")
         peers.contenders(peers.Task(self.device, self.dtypes[0], 1, 1), ("strict",), self.peers)
 
     def cases(self) -> Iterator[tuple[bench.Job, Path]]:
@@ -73,10 +73,10 @@ class Suite:
             yield job, self.out / "peers" / f"{model}-batch{batch}-{dtype}.json"
 
     def blocks(self) -> Iterator[tuple[bench.Job, Path]]:
-        """Those whose blocks are compared as well: ResNets for ImageNet, on a CPU."""
-        for job, path in self.cases():
-            if self.device == "cpu" and job.model in BLOCK_MODELS:
-                yield job, self.out / "blocks" / path.name
+        """Those whose blocks are compared."""
+        seconds = min(self.seconds, BLOCK_SECONDS)
+        for job, path in replace(self, models=self.blocks_of, seconds=seconds).cases():
+            yield job, self.out / "blocks" / path.name
 
 
 def done(path: Path) -> bool:
@@ -134,26 +134,12 @@ def title(job: bench.Job) -> str:
 
 def summary(result: dict[str, Any]) -> list[str]:
     """What a case came to: each fused contender beside the best peer, and who was not measured."""
+    if result.get("kind") == "blocks":
+        return [f"{len({row['block'] for row in result['rows']})} blocks measured"]
     rows = result["rows"]
     fused = [report.verdict(row, rows) for row in rows if row["kind"] == "fused"]
     others = [f"{row['name']} {row['status']}: {row['detail']}" for row in rows if row["status"] != "ok"]
     return fused + others
-
-
-def measure_blocks(job: bench.Job, path: Path) -> None:
-    """Run compare_blocks.py on a case.
-
-    Raises:
-        RuntimeError: it failed; the message is the last line that it wrote.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    command = [sys.executable, str(FOLDER / "compare_blocks.py"), job.model, "--batch", str(job.batch)]
-    command += ["--dtype", job.dtypes[0], "--seconds", str(min(job.seconds, 2.0)), "--json", str(partial)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise RuntimeError((ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1])
-    partial.replace(path)
 
 
 @contextmanager
@@ -187,22 +173,18 @@ def measure(suite: Suite) -> tuple[list[str], bool]:
                 progress.update(current, description=f"{name}: {what}"[:52], completed=100 * share)
 
             try:
-                if blocks:
-                    measure_blocks(job, path)
-                    progress.console.print(f"{name}: measured")
-                else:
-                    result = peers.run(job, tell, suite.peers, suite.limit)
-                    write(result, path)
-                    progress.console.print(name, style="bold")
-                    for line in summary(result):
-                        progress.console.print(f"  {line}", markup=False, highlight=False)
-                    if slow := disturbed(path, result):
-                        words = f"  disturbed machine: {slow}"
-                        progress.console.print(words, style="yellow", markup=False, soft_wrap=True)
-                    if result["interrupted"]:
-                        return failures, True
-                    if not result["parity"]["ok"]:
-                        failures.append(f"{name}: parity does not hold")
+                result = (peers.run_blocks if blocks else peers.run)(job, tell, suite.peers, suite.limit)
+                write(result, path)
+                progress.console.print(name, style="bold")
+                for line in summary(result):
+                    progress.console.print(f"  {line}", markup=False, highlight=False)
+                if slow := disturbed(path, result):
+                    words = f"  disturbed machine: {slow}"
+                    progress.console.print(words, style="yellow", markup=False, soft_wrap=True)
+                if result["interrupted"]:
+                    return failures, True
+                if not result["parity"]["ok"]:
+                    failures.append(f"{name}: parity does not hold")
             except KeyboardInterrupt:
                 return failures, True
             except Exception as error:  # the run goes on: the next case may well work
@@ -219,6 +201,10 @@ def split(text: str) -> tuple[str, ...]:
 
 def main(
     models: Annotated[str, typer.Option(help="Names of resnet_fused.models, comma-separated.")] = ",".join(MODELS),
+    blocks: Annotated[
+        str | None,
+        typer.Option(help="Models whose blocks are measured too; resnet50 if it is among --models."),
+    ] = None,
     batches: Annotated[str, typer.Option(help="Batches, comma-separated.")] = ",".join(map(str, BATCHES)),
     dtypes: Annotated[str, typer.Option(help="Dtypes, comma-separated; all of the device if left out.")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -232,8 +218,11 @@ def main(
     """Measure, then make the report. Exit code 1 if a case failed or parity does not hold, 130 after Ctrl-C."""
     try:
         one_of("device", device, bench.DEVICES)
+        whole = FULL_MODELS if full else split(models)
+        usual = FULL_MODELS if full else tuple(model for model in BLOCKS[device] if model in whole)
         suite = Suite(
-            FULL_MODELS if full else split(models),
+            whole,
+            usual if blocks is None else split(blocks),
             FULL_BATCHES if full else tuple(map(number, split(batches))),
             split(dtypes) or DTYPES[device],
             device,

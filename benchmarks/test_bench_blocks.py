@@ -4,27 +4,41 @@
 contender, and those of the package their reference, so that baseline.py can compare ratios.
 """
 
+import copy
+
 import pytest
 import torch
-from blocks import Block, distinct_blocks
+from torch import Tensor, nn
 
 import resnet_fused as rf
+from resnet_fused import bench, blocks
 
 BATCH = 4
 REFERENCE = "layer-fused"
 
 
-def contender(block: Block, name: str) -> torch.nn.Module:
+def contender(block: nn.Module, name: str) -> nn.Module:
     if name == "eager":
-        return block.module
+        return block
     if name == REFERENCE:
-        return rf.fuse(block.module, backend="vendor")
-    return rf.fuse(block.module, accuracy=name)
+        return rf.fuse(block, backend="vendor")
+    return rf.fuse(block, accuracy=name)
 
 
 @pytest.fixture(scope="module")
-def blocks() -> dict[tuple[str, str], list[Block]]:
+def found() -> dict[tuple[str, str], list[tuple[str, nn.Module, Tensor]]]:
     return {}
+
+
+def distinct_blocks(model: str, dtype: str) -> list[tuple[str, nn.Module, Tensor]]:
+    """The label, module and input of every distinct block, in channels_last."""
+    whole, x = bench.prepare(bench.Job(model, BATCH), "fp32")
+    moved = {"memory_format": torch.channels_last, "dtype": bench.DTYPES[dtype]}
+    made = []
+    for name, size in blocks.distinct(whole, x).items():
+        block, given = blocks.cut(whole, name, x)
+        made.append((f"{name} {'x'.join(map(str, size))}", copy.deepcopy(block).to(**moved), given.to(**moved)))
+    return made
 
 
 CASES = [
@@ -37,13 +51,13 @@ CASES = [
 
 @pytest.mark.parametrize("name", ["eager", REFERENCE, "strict", "fast"])  # varies fastest: a block's run in a row
 @pytest.mark.parametrize(("model", "dtype", "index"), CASES)
-def test_block(model, dtype, index, name, blocks, benchmark):
-    if (model, dtype) not in blocks:
-        blocks[model, dtype] = distinct_blocks(model, BATCH, dtype)
-    assert len(blocks[model, dtype]) == len({i for m, d, i in CASES if (m, d) == (model, dtype)})
-    block = blocks[model, dtype][index]
+def test_block(model, dtype, index, name, found, benchmark):
+    if (model, dtype) not in found:
+        found[model, dtype] = distinct_blocks(model, dtype)
+    assert len(found[model, dtype]) == len({i for m, d, i in CASES if (m, d) == (model, dtype)})
+    label, block, x = found[model, dtype][index]
     module = contender(block, name)
-    benchmark.group = f"{model} {block.label} {dtype}"
+    benchmark.group = f"{model} {label} {dtype}"
     benchmark.extra_info.update(contender=name, reference=REFERENCE if name in ("strict", "fast") else None)
     with torch.inference_mode():
-        benchmark.pedantic(module, (block.x,), rounds=20, warmup_rounds=2)
+        benchmark.pedantic(module, (x,), rounds=20, warmup_rounds=2)

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import environment, models
+from . import blocks, environment, models
 from .errors import InputError, WorkerError
 from .explain import explain
 from .fuse import fuse
@@ -65,6 +65,8 @@ class Contender:
 class Job:
     """What to measure; `accuracy=None` means strict, and in fp32, where they differ, fast as well.
 
+    `model` is one of `resnet_fused.models`, or a block of one as `explain` names it: `"resnet50/layer1.1"`.
+
     Raises:
         InputError: a name is unknown, a number is out of range, the device or a package is missing.
     """
@@ -77,7 +79,7 @@ class Job:
     seconds: float = 15.0  # of timing, for each worker
 
     def __post_init__(self) -> None:
-        models.find(self.model)
+        models.find(self.network)
         one_of("device", self.device, DEVICES)
         for dtype in self.dtypes:
             one_of("dtype", dtype, tuple(DTYPES))
@@ -90,6 +92,16 @@ class Job:
                 f"device must be one that torch can use: 'cuda' was given, torch {torch.__version__} sees no GPU"
             )
         require("skimage", "scikit-image", "real pictures")
+
+    @property
+    def network(self) -> str:
+        """The model; if a block is measured, the one that it is of."""
+        return self.model.partition("/")[0]
+
+    @property
+    def block(self) -> str:
+        """The block's path in the network; empty for the whole."""
+        return self.model.partition("/")[2]
 
     def accuracies(self, dtype: str) -> tuple[str, ...]:
         """Those at which the model is fused for one dtype."""
@@ -156,10 +168,17 @@ def make_model(name: str) -> nn.Module:
 
 
 def prepare(job: Job, dtype: str) -> tuple[nn.Module, Tensor]:
-    """Return the unfused model and the input pictures, both in `dtype`, on the device, contiguous (NCHW)."""
-    model = make_model(job.model).to(job.device, DTYPES[dtype])
-    pictures = real_pictures(job.batch, models.find(job.model).image)
-    return model, pictures.to(job.device, DTYPES[dtype])
+    """Return the unfused model and the input pictures, both in `dtype`, on the device, contiguous (NCHW).
+
+    For a block these are the block, and what the pictures are when they get there, computed in float32.
+
+    Raises:
+        InputError: the model has no such block.
+    """
+    model, x = make_model(job.network), real_pictures(job.batch, models.find(job.network).image)
+    if job.block:
+        model, x = blocks.cut(model, job.block, x)
+    return model.to(job.device, DTYPES[dtype]), x.to(job.device, DTYPES[dtype])
 
 
 def contend(contender: Contender, model: nn.Module, x: Tensor) -> tuple[Callable[[], Tensor], float]:

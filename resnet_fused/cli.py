@@ -36,6 +36,10 @@ app = typer.Typer(
 console = Console()
 
 Model = Annotated[str, typer.Argument(help="A model of resnet_fused.models.")]
+ModelOrBlock = Annotated[
+    str,
+    typer.Argument(help="A model of resnet_fused.models, or a block of one as explain names it: resnet50/layer1.1."),
+]
 Batch = Annotated[int, typer.Option(help="Pictures in a batch.")]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -74,7 +78,7 @@ def shown_progress(width: int) -> Iterator[benchmark.Progress]:
 
 @app.command()
 def bench(
-    model: Model = "resnet50",
+    model: ModelOrBlock = "resnet50",
     batch: Batch = 16,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp32 and then bf16 if left out.")] = None,
     device: Device = "cpu",
@@ -83,23 +87,29 @@ def bench(
     peers: Annotated[
         bool, typer.Option("--peers", help="Compare with everything else on this machine as well, in one run.")
     ] = False,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Compare every distinct block alone, beside the same peers.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the result here, as PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the result here, as PNG; not with --blocks.")] = None,
 ) -> None:
     """Verify the fused model and time it against the original, on real pictures.
 
-    Exit code 1 if parity does not hold or a process that measures fails, 130 after Ctrl-C, which with --peers keeps
-    what was measured.
+    Exit code 1 if parity does not hold or a process that measures fails, 130 after Ctrl-C, which with --peers or
+    --blocks keeps what was measured.
     """
     with errors_in_one_sentence():
         dtypes = ("fp32", "bf16") if dtype is None else (dtype,)
         job = benchmark.Job(model, batch, dtypes, device, accuracy, seconds)
         report.check_output("--json", json)
         report.check_output("--plot", plot, ".png")
+        if plot and blocks:
+            raise InputError(f"--plot must be left out with --blocks (the report draws them), got {str(plot)!r}")
         if plot:
             benchmark.require("matplotlib", "matplotlib", "plots")
+        measure = comparison.run_blocks if blocks else comparison.run if peers else benchmark.run
         with shown_progress(44) as tell:
-            result = (comparison.run if peers else benchmark.run)(job, tell)
+            result = measure(job, tell)
         report.print_result(result, console)
         if json:
             report.write_json(result, json)
@@ -110,7 +120,7 @@ def bench(
 
 @app.command()
 def verify(
-    model: Model = "resnet50",
+    model: ModelOrBlock = "resnet50",
     batch: Batch = 4,
     dtype: Dtype = "fp32",
     device: Device = "cpu",
@@ -130,7 +140,7 @@ def verify(
 
 @app.command()
 def explain(
-    model: Model = "resnet50",
+    model: ModelOrBlock = "resnet50",
     batch: Batch = 16,
     dtype: Dtype = "fp32",
     device: Device = "cpu",

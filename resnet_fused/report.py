@@ -89,6 +89,9 @@ def print_result(result: Result, console: Console) -> None:
     clock_words = f"clocks: {clocks(result)}" if clocks(result) else ""
     for words in filter(None, (machine, clock_words)):
         console.print(words, highlight=False)
+    if result.get("kind") == "blocks":
+        print_blocks(result, console)
+        return
     if result["peers"]:
         print_peers(result, console)
         return
@@ -130,6 +133,49 @@ def print_peers(result: Result, console: Console) -> None:
     )
     if result["interrupted"]:
         console.print("Interrupted: these are the rows so far.", style="yellow")
+
+
+def print_blocks(result: Result, console: Console) -> None:
+    """Print the comparison of a model's blocks: a table for each dtype, and who was not measured or was wrong."""
+    rows = result["rows"]
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        console.print(blocks_table(result, dtype))
+    missing: dict[str, list[str]] = {}
+    for row in (row for row in rows if row["status"] != "ok"):
+        missing.setdefault(f"{row['dtype']} {row['name']}: {row['status']}, {row['detail']}", []).append(row["block"])
+    total = len({row["block"] for row in rows})
+    for what, where in missing.items():
+        which = where[0] if len(where) == 1 else f"{len(where)} of {total} blocks"
+        console.print(f"{what} ({which})", markup=False, highlight=False)
+    console.print(
+        "ms: medians. Best other: the fastest that is not this package and whose numbers hold. Beside fused: how many "
+        "times as fast as that it is. A block gets what it gets in the model on real pictures. Memory is reused.",
+        style="dim",
+    )
+    if result["interrupted"]:
+        console.print("Interrupted: these are the rows so far.", style="yellow")
+
+
+def blocks_table(result: Result, dtype: str) -> Table:
+    """Milliseconds of every block: the fastest of each accuracy, and the best of all others."""
+    table = Table("block", title=f"{dtype}: blocks, ms", caption=f"parity {_holds(result)}")
+    for column in ("best other", "fused", "", "fused fast", ""):
+        table.add_column(column, justify="right")
+    rows = select(result, dtype, "reused")
+    for block in dict.fromkeys(row["block"] for row in rows):
+        here = [row for row in rows if row["block"] == block]
+        best = best_peer(here)
+        cells = [f"{best['name']} {best['ms_median']:.2f}" if best else "not timed"]
+        for accuracy in ("strict", "fast"):
+            times = [row["ms_median"] for row in here if row["accuracy"] == accuracy and row["ms_median"]]
+            ratio = best["ms_median"] / min(times) if best and times else None
+            cells += [number(min(times, default=None), 2), "" if ratio is None else f"{ratio:.2f}x"]
+        table.add_row(block, *cells)
+    return table
+
+
+def _holds(result: Result) -> str:
+    return "holds" if result["parity"]["ok"] else "DOES NOT HOLD"
 
 
 def timed_rows(result: Result, dtype: str) -> list[Row]:
@@ -211,8 +257,7 @@ def verdict(row: Row, rows: list[Row]) -> str:
 
 def parity_table(result: Result) -> Table:
     """One line for each fused model: its errors against float64 beside unfused torch's, and how much of it is fused."""
-    verdict = "holds" if result["parity"]["ok"] else "DOES NOT HOLD"
-    table = Table(title="Parity with float64", caption=f"parity {verdict} (block by block: resnet-fused verify)")
+    table = Table(title="Parity with float64", caption=f"parity {_holds(result)} (block by block: resnet-fused verify)")
     table.add_column("fused")
     for column in ("blocks", "error", "unfused", "flipped", "unfused", "FLOPs fused"):
         table.add_column(column, justify="right")
@@ -223,8 +268,8 @@ def parity_table(result: Result) -> Table:
             f"{sum(row['ok'] for row in blocks)}/{len(blocks)}",
             f"{whole['error']:.1e}",
             f"{whole['unfused_error']:.1e}",
-            str(report["flipped"]),
-            str(report["unfused_flipped"]),
+            number(report["flipped"], 0),
+            number(report["unfused_flipped"], 0),
             f"{plan['coverage']:.1%}",
             style=None if report["ok"] else "red",
         )

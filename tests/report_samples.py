@@ -1,4 +1,4 @@
-"""Made-up benchmark results, in the shape that `resnet-fused bench`, `--peers` and compare_blocks.py write."""
+"""Made-up benchmark results, in the shape that `resnet-fused bench`, with `--peers` and with `--blocks`, write."""
 
 import json
 from pathlib import Path
@@ -95,7 +95,22 @@ def main_job(dtypes: tuple[str, ...] = ("fp32", "bf16")) -> dict:
 
 
 def blocks(model: str = "resnet18", batch: int = 1, dtype: str = "fp32") -> dict:
-    """A result of compare_blocks.py."""
+    """A result of `bench --blocks`: in the stem fused is ahead, in layer4.1 it is behind."""
+    speeds = {"stem 3x224x224": 12.0, "layer1.0 64x56x56": 11.5, "layer4.1 512x7x7": 9.0}
+    rows = []
+    for label, speed in speeds.items():
+        part = with_peers(model, batch, dtype, fused=speed, fast=speed + 1)
+        rows += [entry | {"block": label} for entry in part["rows"]]
+        rows.append(row("oneDNN layer-fused", "peer", 10.0, batch, dtype) | {"block": label})
+    plans = [
+        {"block": label, "coverage": 1.0, "dtype": dtype, "accuracy": "strict", "rows": [plan_row | {"dtype": dtype}]}
+        for label, plan_row in zip(speeds, PLAN_ROWS, strict=True)
+    ]
+    return with_peers(model, batch, dtype) | {"kind": "blocks", "rows": rows, "plans": plans}
+
+
+def old_blocks(model: str = "resnet18", batch: int = 1, dtype: str = "fp32") -> dict:
+    """A result of the blocks from before peers took part."""
     times = {
         "stem 3x224x224": {"eager": 4.0, "layer-fused": 2.0, "fused": 1.0, "fast": 1.0},
         "layer1.0 64x56x56": {"eager": 3.0, "layer-fused": 2.5, "fused": 2.0, "fast": 1.5},

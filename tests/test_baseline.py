@@ -70,11 +70,11 @@ def test_ratios_of_models():
 
 
 def test_ratios_of_blocks_and_kernels():
-    case = "blocks: resnet18, batch 1, fp32, layer4.1 512x7x7"
+    case, eager = "blocks: resnet18/layer4.1 512x7x7, batch 1, fp32, reused memory", "eager channels_last"
     found = values(samples.blocks())
     assert len(found) == 6
-    assert found[case, "fused", "layer-fused"] == pytest.approx(2.0 / 2.2)
-    assert found[case, "fast", "layer-fused"] == pytest.approx(2.0 / 2.1)
+    assert found[case, "fused", eager] == pytest.approx(9 / 8)
+    assert found[case, "fused fast", eager] == pytest.approx(10 / 8)
     assert values(kernels_result()) == {("kernels: bfloat16, Conv(...)", "triton gemm", "eager channels_last"): 2.0}
 
 
@@ -146,7 +146,7 @@ def test_nothing_in_common_is_an_error(tmp_path):
     assert len(outcome.stderr.splitlines()) == 1 and outcome.stdout == ""
     for words in (
         f"a ratio in common with {saved}, got none",
-        "stem 3x224x224: fused",
+        "resnet18/stem 3x224x224, batch 1, fp32, reused memory: fused",
         ", ... are not in it",
     ):
         assert words in outcome.stderr

@@ -5,9 +5,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import compare_blocks
 import pytest
 import report_samples
 import suite
@@ -24,7 +22,8 @@ app.command()(suite.main)
 
 @pytest.fixture
 def small(tmp_path):
-    return suite.Suite(("resnet18", "resnet56_cifar"), (1,), ("fp32",), "cpu", 0.1, (), 9.0, tmp_path, False)
+    models, blocks = ("resnet18", "resnet56_cifar"), ("densenet121",)
+    return suite.Suite(models, blocks, (1,), ("fp32",), "cpu", 5.0, (), 9.0, tmp_path, False)
 
 
 FAST = report_samples.MACHINE | {"copy_gb_s": 26.0}
@@ -39,7 +38,7 @@ def current(model="resnet18"):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """What `peers.run` and compare_blocks.py were asked for; nothing is measured."""
+    """What `peers.run` and `peers.run_blocks` were asked for; nothing is measured."""
     asked = []
 
     def run(job, on_progress, only, limit):
@@ -47,24 +46,24 @@ def measured(monkeypatch):
         asked.append((job.model, job.batch, job.dtypes, job.seconds, only, limit))
         return current(job.model)
 
-    def blocks(job, path):
-        asked.append(("blocks", job.model))
-        report_samples.write(report_samples.blocks(job.model) | {"commit": environment.commit()}, path)
+    def run_blocks(job, on_progress, only, limit):
+        asked.append(("blocks", job.model, job.batch, job.dtypes, job.seconds, only, limit))
+        return current(job.model) | {"kind": "blocks", "rows": report_samples.blocks(job.model)["rows"]}
 
     monkeypatch.setattr(peers, "run", run)
-    monkeypatch.setattr(suite, "measure_blocks", blocks)
+    monkeypatch.setattr(peers, "run_blocks", run_blocks)
     return asked
 
 
 def test_every_case_has_a_file(small, measured):
     assert suite.measure(small) == ([], False)
     first, second, third = measured
-    assert first == ("resnet18", 1, ("fp32",), 0.1, (), 9.0)
+    assert first == ("resnet18", 1, ("fp32",), 5.0, (), 9.0)
     assert second[0] == "resnet56_cifar"
-    assert third == ("blocks", "resnet18"), "a CIFAR net has no blocks that compare_blocks.py knows"
+    assert third == ("blocks", "densenet121", 1, ("fp32",), 2.0, (), 9.0)
     files = sorted(str(path.relative_to(small.out)) for path in small.out.rglob("*.*"))
     assert files == [
-        "blocks/resnet18-batch1-fp32.json",
+        "blocks/densenet121-batch1-fp32.json",
         "peers/resnet18-batch1-fp32.json",
         "peers/resnet56_cifar-batch1-fp32.json",
     ]
@@ -132,7 +131,7 @@ def test_a_disturbed_case_is_measured_once_a_call(small, measured, monkeypatch, 
         return current(job.model) | {"machine": machines[job.model]}
 
     monkeypatch.setattr(peers, "run", run)
-    for expected in (["resnet18", "resnet56_cifar", "blocks"], ["resnet18", "blocks"]):
+    for expected in (["resnet18", "resnet56_cifar", "blocks"], ["resnet18"]):
         measured.clear()
         assert suite.measure(small) == ([], False), "it is no failure"
         assert [job[0] for job in measured] == expected
@@ -144,7 +143,7 @@ def test_a_disturbed_case_is_measured_once_a_call(small, measured, monkeypatch, 
     suite.measure(small)
     measured.clear()
     suite.measure(small)
-    assert [job[0] for job in measured] == ["blocks"]
+    assert measured == []
     assert suite.disturbances(small) == []
 
 
@@ -227,6 +226,8 @@ def test_a_truncated_file_does_not_end_the_search_for_the_folder(tmp_path, capsy
         (["--batches", "many"], ["--batches", "whole numbers", "many"]),
         (["--dtypes", "fp8"], ["dtype", "bf16", "fp8"]),
         (["--device", "tpu"], ["device", "cuda", "tpu"]),
+        (["--blocks", "resnet51"], ["model", "resnet50", "resnet51"]),
+        (["--models", "resnet50/layer1.0"], ["--models", "--blocks", "resnet50/layer1.0"]),
         (["--only", "TensorFlow"], ["peers", "OpenVINO", "TensorFlow"]),
     ],
 )
@@ -262,21 +263,23 @@ def test_disturbed_cases_are_listed_at_the_end(tmp_path, measured, monkeypatch):
     assert report.startswith("report: ")
 
 
-def test_blocks_are_asked_for_in_words_that_compare_blocks_knows(small, monkeypatch):
-    def run(command, **options):
-        outcome = CliRunner().invoke(blocks, command[2:])
-        return SimpleNamespace(returncode=outcome.exit_code, stderr=outcome.output)
-
-    blocks = typer.Typer()
-    blocks.command()(compare_blocks.main)
-    asked = []
-    monkeypatch.setattr(compare_blocks, "distinct_blocks", lambda *arguments: asked.append(arguments) or [])
-    monkeypatch.setattr(suite, "subprocess", SimpleNamespace(run=run))
-    ((job, path),) = small.blocks()
-    suite.measure_blocks(job, path)
-    assert asked == [("resnet18", 1, "fp32")]
-    result = json.loads(path.read_text())
-    assert (result["schema"], result["kind"], result["rows"]) == (1, "blocks", [])
+@pytest.mark.parametrize(
+    ("arguments", "models"),
+    [
+        (["--models", "resnet18,resnet50"], ["resnet50"]),
+        (["--models", "resnet18"], []),
+        (["--models", "resnet50", "--blocks", ""], []),
+        (["--models", "resnet18", "--blocks", "densenet121,resnet18"], ["densenet121", "resnet18"]),
+        (["--full"], list(suite.FULL_MODELS)),
+    ],
+)
+def test_whose_blocks_are_measured(arguments, models, tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(suite.pages, "write", lambda folder: folder)
+    monkeypatch.setattr(suite, "FULL_BATCHES", (1,))
+    options = ["--batches", "1", "--dtypes", "fp32", "--out", str(tmp_path)]
+    outcome = CliRunner().invoke(app, [*arguments, *options])
+    assert outcome.exit_code == 0, outcome.output
+    assert [job[1] for job in measured if job[0] == "blocks"] == models
 
 
 def test_no_report_is_a_failure_in_words(tmp_path, measured, monkeypatch):

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import xml.dom.minidom
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -56,7 +57,13 @@ def test_cases_come_from_peers_and_else_from_the_main_job(device):
         ("resnet50, batch 16, bf16", "c.json"),
     ]
     assert [path.name for path in device.others] == ["summary.json"]
-    assert [path.name for path in device.blocks] == ["resnet18.json"]
+    assert {case.source.name for case in device.blocks} == {"resnet18.json"}
+    assert [(case.network, case.block) for case in device.blocks] == [
+        ("resnet18", "stem 3x224x224"),
+        ("resnet18", "layer1.0 64x56x56"),
+        ("resnet18", "layer4.1 512x7x7"),
+    ]
+    assert [case.best_other().name for case in device.blocks] == ["OpenVINO"] * 3
     main = device.cases[2]
     assert {line.name: line.speed for line in main.lines} == pytest.approx(
         {"eager": 7.5, "eager channels_last": 10.0, "fused": 15.0}
@@ -325,7 +332,8 @@ def test_words_on_the_roofline_do_not_overprint(device, monkeypatch):
 
 
 def test_blocks_behind_are_orange():
-    text = plots.svg(plots.blocks([samples.blocks()]), "").splitlines()
+    cases = result_files._blocks(Path("x"), samples.blocks())
+    text = plots.svg(plots.blocks(list(cases)), "").splitlines()
     colors = {
         name: "var(--lose)" in next(line for line in text if name in line) for name in ("stem", "layer1", "layer4")
     }
@@ -341,8 +349,29 @@ def test_points_on_the_roofline(device):
     parts = plots.block_points(device, "fp32")
     stem = samples.PLAN_ROWS[0]
     assert [name.split()[0] for *_, name in parts] == ["stem", "layer1.0", "layer4.1"]
-    assert parts[0][:2] == pytest.approx((stem["flops"] / stem["bytes"], stem["flops"] / 1e-3 / 1e9))
+    assert parts[0][:2] == pytest.approx((stem["flops"] / stem["bytes"], stem["flops"] * 12.0 / 1e9))
     assert plots.block_points(device, "bf16") == []
+
+
+def test_blocks_from_before_peers_took_part_are_shown(results):
+    folder = results / "some-processor"
+    samples.write(samples.old_blocks(), folder / "blocks" / "resnet18.json")
+    device = result_files.load(folder)
+    speeds = [plots.block_speeds(case) for case in device.blocks]
+    assert speeds[0] == pytest.approx({"best": 2.0, "layer-fused": 2.0, "fast": 4.0, "strict": 4.0})
+    assert speeds[2] == pytest.approx({"best": 1.5, "layer-fused": 1.5, "fast": 3 / 2.1, "strict": 3 / 2.2})
+    stem, *_ = plots.block_points(device, "fp32")
+    work, moved = samples.PLAN_ROWS[0]["flops"], samples.PLAN_ROWS[0]["bytes"]
+    assert stem == pytest.approx((work / moved, work / 1e-3 / 1e9, "stem 3x224x224")), "by the plan of the model"
+    assert "Speed-up per block" in checked(report.write(folder)).text
+
+
+def test_what_a_block_shows(device):
+    speeds = [plots.block_speeds(case) for case in device.blocks]
+    assert speeds[0] == pytest.approx({"best": 11 / 8, "layer-fused": 10 / 8, "fast": 13 / 8, "strict": 12 / 8})
+    (case, *_) = device.blocks
+    assert plots.block_speeds(replace(case, lines=case.lines[2:])) == {}, "eager was not timed"
+    assert "not measured" in plots.svg(plots.blocks([replace(case, lines=())]), "")
 
 
 def test_without_peers_there_is_a_page_of_what_there_is(tmp_path):

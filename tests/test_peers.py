@@ -95,7 +95,7 @@ def test_everyone_gets_a_row(quick):
     assert rows["refusing"]["version"] is None
     assert rows["tiring"]["detail"] == "RuntimeError: out of memory"
     assert "1.0e+00" in rows["shifted"]["detail"]
-    assert rows["poisoned"]["detail"] == "a logit is NaN or infinite"
+    assert rows["poisoned"]["detail"] == "an output is NaN or infinite"
     assert "(10, 2)" in rows["transposed"]["detail"]
     for name, row in rows.items():
         timed = status[name] in ("ok", "wrong")
@@ -208,9 +208,10 @@ def test_what_counts_as_the_same_numbers():
         exact = numpy.array([[100.0, 0.0], [0.0, 50.0]])
         entries = [race.Entry(fake_peers.HONEST[1]), race.Entry(peer)]
         for entry, error in zip(entries, (1e-4, off), strict=True):
-            entry.status, entry.setup = "ok", {"logits": exact + error, "blocks": 3}
+            entry.status, entry.setup = "ok", {"blocks": 3}
+            entry.compare(exact + error, exact)
         task = Task("cpu", dtype, 2, 1)
-        race.Race(JOB, task, entries, Path(), 1.0, MACHINE).judge(exact)
+        race.Race(JOB, task, entries, Path(), 1.0, MACHINE).judge(100.0)
         return entries[1].status
 
     strict, fast, peer = fake_peers.HONEST[2], fake_peers.HONEST[3], fake_peers.SHIFTED
@@ -228,6 +229,56 @@ def test_flipped_predictions():
     exact = numpy.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
     assert race.flips(exact[:, ::-1], exact) == 3
     assert race.flips(exact * 2, exact) == 0
+    assert race.flips(exact[:, :, None, None], exact[:, :, None, None]) is None, "images are no predictions"
+
+
+# --- blocks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_block_is_compared_as_a_model(quick):
+    result = compare(*fake_peers.HONEST, job=bench.Job("resnet20_cifar/layer2.0", 2, ("fp32",), seconds=0.0))
+    assert result["parity"]["ok"] and result["model"] == "resnet20_cifar/layer2.0"
+    assert [row["status"] for row in result["rows"]] == ["ok"] * 4
+    assert [row["flipped"] for row in result["rows"]] == [None] * 4
+    assert [[row["kernel"] for row in plan["rows"]] for plan in result["plans"]] == [["basic_block"]] * 2
+    (plan, _) = result["plans"]
+    weights = 9 * 16 * 32 + 9 * 32 * 32 + 16 * 32  # the last of the projection
+    assert plan["rows"][0]["bytes"] == 4 * (2 * 16 * 32 * 32 + 2 * 32 * 16 * 16 + weights)
+
+
+def test_every_distinct_block_has_its_rows(quick, monkeypatch):
+    monkeypatch.setattr(race, "contenders", lambda *arguments: fake_peers.HONEST[:3])
+    told = []
+    result = peers.run_blocks(bench.Job("resnet20_cifar", 2, ("fp32", "bf16"), seconds=0.0), lambda *a: told.append(a))
+    labels = ["conv1..relu 3x32x32", "layer1.0 16x32x32", "layer2.0 16x32x32", "layer2.1 32x16x16"]
+    labels += ["layer3.0 32x16x16", "layer3.1 64x8x8"]
+    assert list(dict.fromkeys(row["block"] for row in result["rows"])) == labels
+    found = [(row["dtype"], row["name"]) for row in result["rows"] if row["block"] == labels[3]]
+    assert found == [(dtype, peer.name) for dtype in ("fp32", "bf16") for peer in fake_peers.HONEST[:3]]
+    assert all(row["status"] == "ok" and len(row["ms_samples"]) >= race.MIN_ROUNDS for row in result["rows"])
+    assert [plan["block"] for plan in result["plans"]] == [label for label in labels for _ in range(2)]
+    assert (result["kind"], result["model"], result["peers"]) == ("blocks", "resnet20_cifar", True)
+    assert result["machine"] == report_samples.MACHINE and result["parity"]["ok"] and not result["interrupted"]
+    assert [share for _, share in told] == sorted(share for _, share in told)
+    json.dumps(result)
+
+
+def test_blocks_interrupted_or_wrong(quick, monkeypatch):
+    def run(job, on_progress, only, limit):
+        asked.append(job.model)
+        changed = {"parity": {"ok": len(asked) != 2, "reports": []}, "interrupted": len(asked) == 3}
+        changed["clocks"] = {moment: {"cores_mhz": [f"{moment} {len(asked)}"]} for moment in ("before", "after")}
+        return report_samples.with_peers(job.model) | changed
+
+    asked = []
+    monkeypatch.setattr(race, "run", run)
+    result = peers.run_blocks(JOB)
+    assert asked == [f"resnet20_cifar/{name}" for name in ("conv1..relu", "layer1.0", "layer2.0")]
+    assert result["interrupted"] and not result["parity"]["ok"]
+    assert result["clocks"] == {"before": {"cores_mhz": ["before 1"]}, "after": {"cores_mhz": ["after 3"]}}
+    assert len(result["rows"]) == 3 * len(report_samples.with_peers()["rows"]), "what was measured is kept"
+    with pytest.raises(InputError, match=r"model must be a whole one, .* got 'resnet20_cifar/layer1.0'"):
+        peers.run_blocks(bench.Job("resnet20_cifar/layer1.0", 2, ("fp32",)))
 
 
 def test_memory_that_contenders_keep():
@@ -240,18 +291,24 @@ def test_memory_that_contenders_keep():
 # --- processes ----------------------------------------------------------------------------------------------------
 
 
+def saved(folder):
+    """A file of a model and its input, as `race` writes it."""
+    path = folder / "model.pt"
+    torch.save((bench.make_model("resnet20_cifar"), torch.rand(2, 3, 32, 32)), path)
+    return path
+
+
 @pytest.fixture
 def start(tmp_path, monkeypatch):
     """A function that starts a contender's process, far enough to be set up."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-    pictures = tmp_path / "pictures.pt"
-    torch.save(torch.rand(2, 3, 32, 32), pictures)
     begun = []
+    model = saved(tmp_path)
 
     def begin(peer):
         process = race.Process(peer, tmp_path)
         begun.append(process)
-        process.ask("start", 300, peer=peer, model="resnet20_cifar", task=TASK, pictures=pictures)
+        process.ask("start", 300, peer=peer, model=model, task=TASK)
         return process
 
     yield begin
@@ -326,6 +383,9 @@ def test_contenders():
     assert not any("graph" in name for name in names("cuda", "bf16", 2))
     assert "eager AMP" not in names("cuda", "fp32", 1)
     assert names("cpu", "fp32", 1, only=("OpenVINO",)) == [*cpu[:2], "OpenVINO", "fused", "fused fast"]
+    layered = "oneDNN layer-fused"
+    assert names("cpu", "fp32", 1, only=("OpenVINO",), block=True)[:4] == [*cpu[:2], layered, "OpenVINO"]
+    assert layered not in names("cuda", "fp32", 1, block=True)
 
 
 def test_unknown_peer():
@@ -384,7 +444,7 @@ def test_peers_compute_the_model(peer, dtype, restored):
         expected = model(x).float()
     ready = peer.prepare(model, x, task)
     with torch.inference_mode():
-        first, second = (ready.logits(ready.call()).float() for _ in range(2))
+        first, second = (ready.output(ready.call()).float() for _ in range(2))
     torch.testing.assert_close(first, expected, rtol=2e-2, atol=1e-5 if dtype == "fp32" else 1e-2)
     assert torch.equal(first, second)
     json.dumps(ready.settings)
@@ -449,7 +509,16 @@ def test_jax_has_every_operator(every, restored):
     pytest.importorskip("jax")
     model, x, expected = every
     ready = jax.prepare(model, x, TASK)
-    torch.testing.assert_close(ready.logits(ready.call()), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ready.output(ready.call()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_jax_gives_images_as_torch_does(restored):
+    pytest.importorskip("jax")
+    torch.manual_seed(0)
+    model, x = nn.Conv2d(3, 5, 3).eval(), torch.randn(2, 3, 8, 9)
+    ready = jax.prepare(model, x, TASK)
+    with torch.no_grad():
+        torch.testing.assert_close(ready.output(ready.call()), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_jax_names_the_operator_that_it_lacks(restored):
@@ -474,7 +543,7 @@ def test_cudnn_graphs_compute_the_model(every, cudnn):
     model, x, expected = every
     ready = cudnn_frontend.prepare(model, x, TASK)
     with torch.inference_mode():
-        torch.testing.assert_close(ready.logits(ready.call()), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ready.output(ready.call()), expected, rtol=1e-5, atol=1e-5)
     assert (ready.settings["fused_convolutions"], ready.settings["unfused_convolutions"]) == (4, 0)
     assert cudnn.streams == [11, 11], "before every pass"
     json.dumps(ready.settings)
@@ -496,7 +565,7 @@ def test_convolutions_that_cudnn_refuses(every, cudnn):
     model, x, expected = every
     cudnn.refused |= {3, 8}
     ready = cudnn_frontend.prepare(model, x, TASK)
-    torch.testing.assert_close(ready.logits(ready.call()), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ready.output(ready.call()), expected, rtol=1e-5, atol=1e-5)
     assert (ready.settings["fused_convolutions"], ready.settings["unfused_convolutions"]) == (1, 3)
     cudnn.refused |= {16}
     with pytest.raises(RuntimeError, match="no fused plan for any convolution: no engine"):
@@ -566,9 +635,7 @@ def test_nothing_is_told_of_a_gpu_without_nvml(monkeypatch):
 
 
 def test_joules_of_an_image(monkeypatch, tmp_path):
-    pictures = tmp_path / "pictures.pt"
-    torch.save(torch.rand(2, 3, 32, 32), pictures)
-    runner = worker.Runner(fake_peers.HONEST[0], "resnet20_cifar", TASK, pictures)
+    runner = worker.Runner(fake_peers.HONEST[0], saved(tmp_path), TASK)
     runner.set_up(MACHINE)
     monkeypatch.setattr(worker, "meter", lambda device: None)
     assert runner.joules(0.0) is None

@@ -1,7 +1,8 @@
-"""This package: strict, fast, replayed as CUDA graphs; and cuDNN's own fused convolutions through the same fusing."""
+"""This package: strict, fast, replayed as CUDA graphs; and oneDNN's and cuDNN's own fused layers by the same fusing."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -27,4 +28,5 @@ def peer(accuracy: str, graph: bool = False) -> Peer:
     return Peer(name, FUSED, ("resnet_fused",), partial(prepare, accuracy=accuracy, graph=graph), accuracy=accuracy)
 
 
-CUDNN = Peer("cuDNN fused", PEER, ("torch",), partial(prepare, backend="vendor"))
+ONEDNN = Peer("oneDNN layer-fused", PEER, ("torch",), partial(prepare, backend="vendor"))
+CUDNN = replace(ONEDNN, name="cuDNN fused")

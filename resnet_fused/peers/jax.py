@@ -57,7 +57,13 @@ def prepare(model: nn.Module, x: Tensor, task: Task) -> Ready:
         options = {}  # this jaxlib knows no such option
         compiled = lowered.compile()
     settings = {"layout": "NHWC", "weights": "constants", "precision": precision, **options}
-    return Ready(lambda: compiled(pictures).block_until_ready(), dlpack.from_dlpack, settings, alive=(pictures,))
+    return Ready(lambda: compiled(pictures).block_until_ready(), in_nchw, settings, alive=(pictures,))
+
+
+def in_nchw(y: Any) -> Tensor:
+    """JAX's array as a tensor; images, which are NHWC, as NCHW."""
+    output: Tensor = dlpack.from_dlpack(y)
+    return output.permute(0, 3, 1, 2) if output.dim() == 4 else output
 
 
 JAX = Peer("JAX", PEER, ("jax",), prepare, absent)

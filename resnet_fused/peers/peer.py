@@ -31,14 +31,14 @@ class Ready:
 
     Attributes:
         call: one forward pass on the input that it was set up with.
-        logits: makes a tensor of what `call` returns.
+        output: makes a tensor of what `call` returns.
         settings: what was chosen beyond the defaults, for the record.
         fused: the fused model, where it is one.
         alive: what `call` needs by address only.
     """
 
     call: Callable[[], Any]
-    logits: Callable[[Any], Tensor] = lambda y: y
+    output: Callable[[Any], Tensor] = lambda y: y
     settings: dict[str, Any] = field(default_factory=dict)
     fused: nn.Module | None = None
     alive: tuple[Any, ...] = ()

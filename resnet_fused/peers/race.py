@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from pathlib import Path
 from statistics import median
@@ -24,7 +24,8 @@ from typing import Any
 import numpy
 import torch
 
-from .. import bench, environment, models, roofline
+from .. import bench, blocks, environment, roofline
+from ..errors import InputError
 from ..roofline import Machine, Placement
 from ..verify import FAST_LIMIT
 from .peer import FUSED, PEER, Peer, Task
@@ -37,7 +38,7 @@ ENERGY_SECONDS = 2.0
 ROUNDING = float(numpy.finfo(numpy.float32).eps)
 
 PEER_FACTOR, PEER_LIMIT = 4.0, 1e-4
-"""A peer's logits may be off by so many times unfused torch's error, or by this share of the largest logit: BatchNorm
+"""A peer's outputs may be off by so many times unfused torch's error, or by this share of the largest: BatchNorm
 folded into the weights or another summation order is within that, another function or precision is not."""
 
 
@@ -126,6 +127,16 @@ class Entry:
         self.status, self.detail = "failed", why
         self.end()
 
+    def compare(self, output: numpy.ndarray, exact: numpy.ndarray) -> None:
+        """Take down its errors against float64; only they are kept, as a block's output can be large."""
+        if output.shape != exact.shape:
+            self.status, self.detail = "wrong", f"an output of shape {output.shape} where {exact.shape} was expected"
+            return
+        error = largest_error(output, exact)
+        self.errors = {"error": error if numpy.isfinite(error) else None, "flipped": flips(output, exact)}
+        if not numpy.isfinite(error):
+            self.status, self.detail = "wrong", "an output is NaN or infinite"
+
     def end(self) -> None:
         """End its process."""
         if self.process is not None:
@@ -147,10 +158,11 @@ class Race:
 
     def prepare(self, on_progress: Callable[[str, float], None]) -> None:
         """Set every contender up, and judge its numbers against float64."""
-        pictures = self.folder / "pictures.pt"
-        torch.save(bench.real_pictures(self.job.batch, models.find(self.job.model).image), pictures)
+        on_progress("model", 0.0)
+        model = self.folder / "model.pt"
+        torch.save(bench.prepare(replace(self.job, device="cpu"), "fp32"), model)
         on_progress("float64 reference", 0.0)
-        start = {"model": self.job.model, "task": self.task, "pictures": pictures}
+        start = {"model": model, "task": self.task}
         exact, why = None, ""
         reference = self.process(None, "reference")
         try:
@@ -170,10 +182,13 @@ class Race:
                 entry.process.ask("start", self.limit, peer=entry.peer, **start)
                 entry.setup = entry.process.ask("set_up", self.limit, machine=self.machine)
                 entry.status, entry.detail = "ok", why
+                output = entry.setup.pop("output")
+                if exact is not None:
+                    entry.compare(output, exact)
             except Failure as failure:
                 entry.fail(str(failure))
         if exact is not None:
-            self.judge(exact)
+            self.judge(float(abs(exact).max()))
         for entry in self.entries:
             if plan := entry.setup.get("plan"):
                 self.plans.append(plan | {"dtype": self.task.dtype, "accuracy": entry.peer.accuracy})
@@ -184,36 +199,25 @@ class Race:
         folder.mkdir()
         return Process(peer, folder)
 
-    def judge(self, exact: numpy.ndarray) -> None:
-        """Compare every contender's logits with float64, and mark those whose numbers are others."""
-        unfused = next((e.setup["logits"] for e in self.entries if e.setup and e.peer.name == bench.BASELINE), None)
-        flipped = None if unfused is None else flips(unfused, exact)
+    def judge(self, magnitude: float) -> None:
+        """Hold every contender's errors against those of unfused torch, and mark those whose numbers are others.
+
+        Args:
+            magnitude: the largest of the output in float64.
+        """
+        unfused = next((entry.errors for entry in self.entries if entry.peer.name == bench.BASELINE), {})
         for entry in self.entries:
-            if not entry.setup:
+            if not entry.errors:
                 continue
-            logits = entry.setup.pop("logits")
-            if logits.shape != exact.shape:
+            error, unfused_error = entry.errors["error"], unfused.get("error")
+            limit = None if unfused_error is None else self.allowed(entry, unfused_error, magnitude)
+            entry.errors |= {"unfused_error": unfused_error, "limit": limit, "unfused_flipped": unfused.get("flipped")}
+            if error is not None and limit is not None and not error <= limit:
                 entry.status = "wrong"
-                entry.detail = f"logits of shape {logits.shape} where {exact.shape} was expected"
-                continue
-            error = largest_error(logits, exact)
-            unfused_error = None if unfused is None else largest_error(unfused, exact)
-            limit = None if unfused_error is None else self.allowed(entry, unfused_error, float(abs(exact).max()))
-            entry.errors = {
-                "error": error if numpy.isfinite(error) else None,
-                "unfused_error": unfused_error,
-                "limit": limit,
-                "flipped": flips(logits, exact),
-                "unfused_flipped": flipped,
-            }
-            if not numpy.isfinite(error):
-                entry.status, entry.detail = "wrong", "a logit is NaN or infinite"
-            elif limit is not None and not error <= limit:
-                entry.status = "wrong"
-                entry.detail = f"largest error of a logit {error:.1e}, at most {limit:.1e} is allowed"
+                entry.detail = f"largest error of an output {error:.1e}, at most {limit:.1e} is allowed"
 
     def allowed(self, entry: Entry, unfused_error: float, magnitude: float) -> float:
-        """The largest error of a logit with which a contender counts as equal; the parity rule for the fused ones."""
+        """The largest error of an output with which a contender counts as equal; the parity rule for the fused ones."""
         if entry.peer.kind == PEER:
             return max(PEER_FACTOR * unfused_error, PEER_LIMIT * magnitude)
         fast = entry.peer.accuracy == "fast" and self.task.dtype == "fp32"
@@ -309,14 +313,14 @@ class Race:
         return rows
 
 
-def largest_error(logits: numpy.ndarray, exact: numpy.ndarray) -> float:
+def largest_error(output: numpy.ndarray, exact: numpy.ndarray) -> float:
     """The largest difference; NaN if there is one."""
-    return float(abs(logits - exact).max())
+    return float(abs(output - exact).max())
 
 
-def flips(logits: numpy.ndarray, exact: numpy.ndarray) -> int:
-    """Rows whose largest entry is another one than in float64."""
-    return int((logits.argmax(1) != exact.argmax(1)).sum())
+def flips(output: numpy.ndarray, exact: numpy.ndarray) -> int | None:
+    """Rows of logits whose largest entry is another one than in float64; None for the images that a block gives."""
+    return int((output.argmax(1) != exact.argmax(1)).sum()) if exact.ndim == 2 else None
 
 
 def run(
@@ -340,7 +344,8 @@ def run(
     """
     threads = torch.get_num_threads()
     tasks = [Task(job.device, dtype, job.batch, threads) for dtype in job.dtypes]
-    fields = [(field_of(t) if field_of else contenders(t, job.accuracies(t.dtype), only)) for t in tasks]
+    choose = field_of or (lambda t: contenders(t, job.accuracies(t.dtype), only, bool(job.block)))
+    fields = [choose(task) for task in tasks]
     clocks = {"before": environment.clocks(job.device), "after": None}
     result = bench.header(job) | {"peers": True, "clocks": clocks}
     rows: list[dict[str, Any]] = []
@@ -379,3 +384,49 @@ def run(
     parity = {"ok": holds, "reports": []}
     on_progress("done", 1.0)
     return result | {"rows": rows, "parity": parity, "plans": plans}
+
+
+def run_blocks(
+    job: bench.Job,
+    on_progress: Callable[[str, float], None] = lambda what, share: None,
+    only: tuple[str, ...] = (),
+    limit: float = 900.0,
+) -> dict[str, Any]:
+    """Compare every distinct block of a model, each in a run of its own as a small model, and return one result.
+
+    Like that of `run`, with `"kind": "blocks"`; every row and plan says in `block` whose it is: `"layer1.0 64x56x56"`,
+    the path and the input of one image.
+
+    Args:
+        job: a model; its `seconds` are of each block.
+        on_progress: as in `run`.
+        only: as in `run`.
+        limit: as in `run`.
+
+    Raises:
+        InputError: the job is of a single block.
+    """
+    if job.block:
+        raise InputError(f"model must be a whole one, whose blocks are compared, got {job.model!r}")
+    on_progress("blocks", 0.0)
+    model, x = bench.prepare(replace(job, batch=1, device="cpu"), "fp32")
+    sizes = blocks.distinct(model, x)
+    result = bench.header(job) | {"peers": True, "kind": "blocks", "rows": [], "plans": []}
+    holds = True
+    for index, (name, size) in enumerate(sizes.items()):
+
+        def tell(what: str, share: float, index: int = index, name: str = name) -> None:
+            on_progress(f"{name}, {what}", (index + share) / len(sizes))
+
+        found = run(replace(job, model=f"{job.model}/{name}"), tell, only, limit)
+        label = {"block": f"{name} {'x'.join(map(str, size))}"}
+        for key in ("rows", "plans"):
+            result[key] += [label | entry for entry in found[key]]
+        result["machine"] = result["machine"] or found["machine"]
+        before = result["clocks"]["before"] or found["clocks"]["before"]
+        result["clocks"] = {"before": before, "after": found["clocks"]["after"]}
+        result["interrupted"] = found["interrupted"]
+        holds = holds and found["parity"]["ok"]
+        if result["interrupted"]:
+            break
+    return result | {"parity": {"ok": holds, "reports": []}}

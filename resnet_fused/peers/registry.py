@@ -20,13 +20,14 @@ CUDA = (
 )
 
 
-def contenders(task: Task, accuracies: tuple[str, ...], only: tuple[str, ...] = ()) -> list[Peer]:
+def contenders(task: Task, accuracies: tuple[str, ...], only: tuple[str, ...] = (), block: bool = False) -> list[Peer]:
     """Everyone for a task, those that are absent from this machine included.
 
     Args:
         task: device, dtype, batch.
         accuracies: of the fused contenders.
         only: names of peers; empty for all. The eager and fused contenders take part always.
+        block: whether it is a block, which on a CPU runs through oneDNN's fused layers as well.
 
     Raises:
         InputError: `only` names a peer that there is none of on this device.
@@ -36,6 +37,7 @@ def contenders(task: Task, accuracies: tuple[str, ...], only: tuple[str, ...] = 
     eager = [torch_eager.NCHW, torch_eager.CHANNELS_LAST]
     eager += [torch_eager.GRAPH] if graphs else []
     eager += [torch_eager.AMP] if cuda and task.dtype != "fp32" else []
+    eager += [fused.ONEDNN] if block and not cuda else []
     ours = [fused.peer(accuracy, graph) for graph in ((False, True) if graphs else (False,)) for accuracy in accuracies]
     peers = CUDA if cuda else CPU
     names = [peer.name for peer in peers]

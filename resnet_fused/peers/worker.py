@@ -31,20 +31,19 @@ MAX_SAMPLES = 100  # in one turn
 class Runner:
     """One contender of one task."""
 
-    def __init__(self, peer: Peer | None, model: str, task: Task, pictures: Path) -> None:
-        """Make the model and its input; `peer` None is the float64 reference."""
+    def __init__(self, peer: Peer | None, model: Path, task: Task) -> None:
+        """Read the model and its input, both float32; `peer` None is the float64 reference."""
         torch.set_num_threads(task.threads)
         if task.device == "cuda":
             torch.backends.cudnn.benchmark = True  # cuDNN measures and chooses, as a server would have it
         dtype = bench.DTYPES[task.dtype]
         self.peer, self.task = peer, task
-        self.model = bench.make_model(model).to(task.device, dtype)
-        self.x = torch.load(pictures).to(task.device, dtype)
+        self.model, self.x = (part.to(task.device, dtype) for part in torch.load(model, weights_only=False))
         self.synchronize = torch.cuda.synchronize if task.device == "cuda" else lambda: None
         self.flush: torch.Tensor | None = None
 
     def reference(self) -> numpy.ndarray:
-        """The logits of the model, as rounded to the dtype, in float64."""
+        """The output of the model, as rounded to the dtype, in float64."""
         exact = self.model.double()
         with torch.inference_mode():
             return torch.cat([exact(part.double()) for part in self.x.split(CHUNK)]).cpu().numpy()
@@ -58,7 +57,7 @@ class Runner:
         first = self.call()
         self.synchronize()
         setup_seconds = time.perf_counter() - started
-        logits = self.ready.logits(first).double().cpu().numpy().copy()
+        output = self.ready.output(first).float().cpu().numpy().copy()  # float32 holds every dtype's values
         del first
         after = self.memory_mb()
         kept = None if before is None or after is None else after - before
@@ -70,7 +69,7 @@ class Runner:
             if fused is not None and self.peer.accuracy:
                 plan = explain(fused, self.x, machine, timed=False).to_dict()
         return {
-            "logits": logits,
+            "output": output,
             "setup_seconds": setup_seconds,
             "settings": self.ready.settings,
             "kept_mb": kept,
