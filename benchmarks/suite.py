@@ -36,7 +36,7 @@ MODELS = ("resnet18", "resnet50", "densenet121", "resnet56_cifar")
 BATCHES = (1, 16)
 DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 FULL_MODELS = ("resnet18", "resnet50", "resnet152", "resnet56_cifar", "densenet121", "preact_resnet164_cifar")
-BLOCKS = {"cpu": ("resnet50",), "cuda": ()}  # a run for each block takes a minute
+BLOCKS = {"cpu": ("resnet50",), "cuda": ()}  # a run for each block takes a minute or two
 BLOCK_SECONDS = 2.0
 FULL_BATCHES = (1, 16, 64, 256)
 

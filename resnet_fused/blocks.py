@@ -75,13 +75,12 @@ def cut(model: nn.Module, name: str, x: Tensor) -> tuple[nn.Module, Tensor]:
 
 
 def _inputs(model: nn.Module, blocks: dict[str, Block], x: Tensor, keep: Callable[[Tensor], T]) -> dict[str, T]:
-    """Run the model, and return what `keep` makes of the input of each block, the first time that it runs."""
+    """Run the model, and return what `keep` makes of the input of each block, in the order that they run."""
     kept: dict[str, T] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def take(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if name not in kept:
-                kept[name] = keep(args[0])
+            kept[name] = keep(args[0])
 
         return take
 
