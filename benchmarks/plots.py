@@ -354,7 +354,7 @@ def blocks(cases: Sequence[Case]) -> Figure:
         axes.grid(True, axis="x")
         axes.set_xlabel("times as fast as eager channels_last (more is better)")
         axes.set_title(title)
-    figure.legend(shown.values(), shown.keys(), loc="outside upper left", ncols=4)
+    figure.legend(shown.values(), shown.keys(), loc="outside upper left", ncols=2 * columns)
     return figure
 
 
