@@ -76,9 +76,11 @@ def absences(cases: Sequence[Case]) -> list[str]:
 
 
 def disturbances(device: Device) -> list[str]:
-    """The cases in which the machine was far slower than in others."""
-    slow = [(case, device.disturbance(case)) for case in device.cases]
-    return [f"{case.title}: {words}" for case, words in slow if words]
+    """The cases, and the files of blocks, in which the machine was far slower than in others."""
+    files = {case.title: case for case in device.cases}
+    files |= {f"{case.network}, batch {case.batch}, {case.dtype}, blocks": case for case in device.blocks}
+    slow = [(title, device.disturbance(case)) for title, case in files.items()]
+    return [f"{title}: {words}" for title, words in slow if words]
 
 
 def _of(where: Sequence[Case], total: int) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ BASELINE_FILE = "baseline.json"
 DTYPE_ORDER = ("fp32", "bf16", "fp16")
 LAYER_FUSED = ONEDNN.name
 LEAST_RATE = 0.8
-"""Of the best that other runs measured: below it, something else had the machine as well."""
+"""Of the median that other runs measured: below it, something else had the machine as well."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,12 @@ class Device:
         )
 
     def disturbance(self, case: Case) -> str:
-        """Which of the machine's rates were far below those of other cases, in words; empty if none was."""
-        others = (other.machine for other in self.cases if other.machine and other.source != case.source)
-        return disturbance(case.machine, case.dtype, others) if case.machine else ""
+        """Which of the machine's rates were far below those of the folder's other files, in words; empty if none."""
+        if case.machine is None:
+            return ""
+        here = [other for other in (*self.cases, *self.blocks) if other.source.parent == case.source.parent]
+        machines = {other.source: other.machine for other in here if other.machine and other.source != case.source}
+        return disturbance(case.machine, case.dtype, machines.values())
 
 
 def parse(path: Path) -> Any:
@@ -203,7 +207,7 @@ def machines(folder: Path, without: Path) -> Iterator[Machine]:
 
 
 def disturbance(machine: Machine, dtype: str, others: Iterable[Machine]) -> str:
-    """Which rates of a machine in one run are far below the best of other runs, in words; empty if none is.
+    """Which rates of a machine in one run are far below the median of other runs, in words; empty if none is.
 
     Args:
         machine: as the run found it.
@@ -218,13 +222,14 @@ def disturbance(machine: Machine, dtype: str, others: Iterable[Machine]) -> str:
     ]
     if not alike:
         return ""
-    copy = max(other.copy_gb_s for other in alike)
-    matmul = max(other.matmul_tflop_s[dtype] for other in alike)
+    copy = median(other.copy_gb_s for other in alike)
+    matmul = median(other.matmul_tflop_s[dtype] for other in alike)
     found = []
     if machine.copy_gb_s < LEAST_RATE * copy:
-        found.append(f"copy {machine.copy_gb_s:.3g} GB/s where another run had {copy:.3g}")
+        found.append(f"copy {machine.copy_gb_s:.3g} GB/s where the median of others is {copy:.3g}")
     if machine.matmul_tflop_s[dtype] < LEAST_RATE * matmul:
-        found.append(f"{dtype} matmul {machine.matmul_tflop_s[dtype]:.3g} TFLOP/s where another run had {matmul:.3g}")
+        rate = f"{dtype} matmul {machine.matmul_tflop_s[dtype]:.3g} TFLOP/s"
+        found.append(f"{rate} where the median of others is {matmul:.3g}")
     return ", ".join(found)
 
 

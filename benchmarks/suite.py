@@ -5,7 +5,7 @@
 One file for each model, batch and dtype is written as soon as it is measured, in benchmarks/results/<device>/peers;
 those of its blocks, each measured alone in the same way, are in blocks. What was measured already at this commit with
 these versions is left out, so that an interrupted run can be started again; but not where the machine was much slower
-than in other cases. A case that cannot be measured is reported at the end, and the others go on.
+than in most other cases. A case that cannot be measured is reported at the end, and the others go on.
 """
 
 from __future__ import annotations
@@ -78,6 +78,13 @@ class Suite:
         for job, path in replace(self, models=self.blocks_of, seconds=seconds).cases():
             yield job, self.out / "blocks" / path.name
 
+    def everything(self) -> Iterator[tuple[str, bench.Job, Path, bool]]:
+        """The name of each case and of each model's blocks, the job, its file, whether it is of blocks."""
+        for found, blocks in ((self.cases(), False), (self.blocks(), True)):
+            for job, path in found:
+                name = f"{job.model}, batch {job.batch}, {job.dtypes[0]}" + (", blocks" if blocks else "")
+                yield name, job, path, blocks
+
 
 def done(path: Path) -> bool:
     """Whether a file holds the whole of a case, of this commit, these versions, as many threads, undisturbed."""
@@ -104,7 +111,7 @@ def disturbed(path: Path, result: dict[str, Any]) -> str:
     Raises:
         InputError: what the result says of the machine is not what `roofline.measure` found.
     """
-    if not result.get("machine"):  # blocks are timed without
+    if not result.get("machine"):  # interrupted before it was measured
         return ""
     return disturbance(Machine.from_dict(result["machine"]), result["dtype"], machines(path.parent, without=path))
 
@@ -112,10 +119,10 @@ def disturbed(path: Path, result: dict[str, Any]) -> str:
 def disturbances(suite: Suite) -> list[str]:
     """A sentence for every case measured on a disturbed machine; of an early one, a later may have shown it."""
     found = []
-    for job, path in suite.cases():
+    for name, _, path, _ in suite.everything():
         with suppress(InputError):  # not measured, which has been said
             if slow := disturbed(path, read(path)):
-                found.append(f"{title(job)}: measured on a disturbed machine: {slow}")
+                found.append(f"{name}: measured on a disturbed machine: {slow}")
     return found
 
 
@@ -125,11 +132,6 @@ def write(result: dict[str, Any], path: Path) -> None:
     partial = path.with_suffix(".partial")
     report.write_json(result, partial)
     partial.replace(path)
-
-
-def title(job: bench.Job) -> str:
-    """The name of a case."""
-    return f"{job.model}, batch {job.batch}, {job.dtypes[0]}"
 
 
 def summary(result: dict[str, Any]) -> list[str]:
@@ -155,14 +157,12 @@ def terminated_as_interrupted() -> Iterator[None]:
 def measure(suite: Suite) -> tuple[list[str], bool]:
     """Measure every case; returns what failed, a sentence each, and whether it was interrupted."""
     failures: list[str] = []
-    whole = [(job, path, False) for job, path in suite.cases()]
-    whole += [(job, path, True) for job, path in suite.blocks()]
+    whole = list(suite.everything())
     columns = (TextColumn("{task.description:<52}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with terminated_as_interrupted(), Progress(*columns, console=console, transient=True) as progress:
         every = progress.add_task("all", total=len(whole))
         current = progress.add_task("", total=100)
-        for job, path, blocks in whole:
-            name = title(job) + (", blocks" if blocks else "")
+        for name, job, path, blocks in whole:
             if not suite.again and done(path):
                 progress.console.print(f"{name}: measured before", style="dim")
                 progress.advance(every)

@@ -102,8 +102,8 @@ def test_other_results_are_measured_again(tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"copy_gb_s": 26.0}, "copy 20 GB/s where another run had 26"),
-        ({"matmul_tflop_s": {"fp32": 0.26}}, "fp32 matmul 0.2 TFLOP/s where another run had 0.26"),
+        ({"copy_gb_s": 26.0}, "copy 20 GB/s where the median of others is 26"),
+        ({"matmul_tflop_s": {"fp32": 0.26}}, "fp32 matmul 0.2 TFLOP/s where the median of others is 0.26"),
         ({"copy_gb_s": 24.0, "matmul_tflop_s": {"fp32": 0.24}}, ""),
         ({"copy_gb_s": 26.0, "device_name": "another"}, ""),
         ({"copy_gb_s": 26.0, "threads": 4}, ""),
@@ -123,6 +123,27 @@ def test_a_case_of_a_disturbed_machine_is_not_done(tmp_path, capsys, change, wor
     assert suite.done(tmp_path / "other.json"), "the faster one"
 
 
+def test_the_reference_is_the_median(tmp_path):
+    for name, rate in (("a", 20.0), ("b", 21.0), ("c", 30.0)):
+        other = current() | {"machine": report_samples.MACHINE | {"copy_gb_s": rate}}
+        report_samples.write(other, tmp_path / f"{name}.json")
+    for rate, words in ((17.0, ""), (16.0, "copy 16 GB/s where the median of others is 21")):
+        result = current() | {"machine": report_samples.MACHINE | {"copy_gb_s": rate}}
+        assert suite.disturbed(tmp_path / "mine.json", result) == words
+
+
+def test_blocks_of_a_disturbed_machine(small):
+    ((job, path),) = small.blocks()
+    report_samples.write(report_samples.blocks(job.model), path)
+    report_samples.write(current() | {"machine": FAST}, small.out / "peers" / "another folder.json")
+    assert suite.disturbances(small) == []
+    report_samples.write(report_samples.blocks() | {"machine": FAST}, path.with_name("other.json"))
+    assert suite.disturbances(small) == [
+        "densenet121, batch 1, fp32, blocks: measured on a disturbed machine: "
+        "copy 20 GB/s where the median of others is 26"
+    ]
+
+
 def test_a_disturbed_case_is_measured_once_a_call(small, measured, monkeypatch, capsys):
     machines = {"resnet18": report_samples.MACHINE, "resnet56_cifar": FAST}
 
@@ -136,9 +157,9 @@ def test_a_disturbed_case_is_measured_once_a_call(small, measured, monkeypatch, 
         assert suite.measure(small) == ([], False), "it is no failure"
         assert [job[0] for job in measured] == expected
         assert suite.disturbances(small) == [
-            "resnet18, batch 1, fp32: measured on a disturbed machine: copy 20 GB/s where another run had 26"
+            "resnet18, batch 1, fp32: measured on a disturbed machine: copy 20 GB/s where the median of others is 26"
         ], "which the second case has shown"
-    assert "  disturbed machine: copy 20 GB/s where another run had 26" in capsys.readouterr().out
+    assert "  disturbed machine: copy 20 GB/s where the median of others is 26" in capsys.readouterr().out
     machines["resnet18"] = FAST
     suite.measure(small)
     measured.clear()
