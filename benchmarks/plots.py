@@ -24,6 +24,7 @@ from matplotlib.transforms import Bbox
 from result_files import LAYER_FUSED, Case, Device, Line
 
 from resnet_fused.bench import BASELINE
+from resnet_fused.report import three_digits
 
 COLORS = {
     "ink": "#1b1f24",
@@ -111,11 +112,6 @@ def color(line: Line) -> str:
     return EAGER if line.kind == "eager" else PEER
 
 
-def number(value: float) -> str:
-    """Three digits, without exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
-
-
 def _plain(axis: Any) -> None:
     """Ticks of a logarithmic axis as plain numbers."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -144,7 +140,7 @@ def overview(cases: Sequence[Case]) -> Figure:
         ours, other, ratio = ratios[0]
         shade = LOSE if ratio < 1 else INK
         farthest = max(1.0, *(r for *_, r in ratios))
-        text = f"{ratio:.2f}x  {number(ours.speed)} images/s, {other.name} {number(other.speed)}"
+        text = f"{ratio:.2f}x  {three_digits(ours.speed)} images/s, {other.name} {three_digits(other.speed)}"
         _note(axes, text, (farthest, y), 8, color=shade)
     axes.axvline(1, color=INK, linewidth=1)
     low = min([1.0] + [r for _, ratios in rows for *_, r in ratios])
@@ -215,7 +211,7 @@ def _bars(axes: Axes, case: Case, names: Sequence[str]) -> None:
             axes.plot(spread, [y, y], color=INK, linewidth=0.9)
             right = max(right, spread[1])
         widest = max(widest, right)
-        text = number(line.images_per_s) + (" wrong numbers" if wrong else " fastest" if best else "")
+        text = three_digits(line.images_per_s) + (" wrong numbers" if wrong else " fastest" if best else "")
         shade = LOSE if wrong or (best and line.kind != "fused") else INK
         _note(axes, text, (right, y), color=shade, fontweight="bold" if best else "normal")
     axes.set_xlim(0, 1.5 * widest or 1.0)
@@ -290,7 +286,7 @@ def setup(cases: Sequence[Case]) -> Figure | None:
         shade = color(kinds[name])
         axes.plot([seconds[0], seconds[-1]], [y, y], color=shade, linewidth=1.2)
         axes.plot(seconds, [y] * len(seconds), "o", color=shade, markersize=4.5, alpha=0.8, markeredgewidth=0)
-        ends = dict.fromkeys((number(seconds[0]), number(seconds[-1])))
+        ends = dict.fromkeys((three_digits(seconds[0]), three_digits(seconds[-1])))
         _note(axes, f"{' to '.join(ends)} s", (seconds[-1], y), 8)
     axes.set_xscale("log")
     axes.margins(x=0.15)
@@ -404,9 +400,9 @@ def roofline(device: Device) -> Figure | None:
         drawn = [_box(axes, x, min(x * copy, peak), 1) for x in across] + [_box(axes, x, y, 6) for x, y in points]
         words: list[Bbox] = []
         spots = [((x, peak), (0, 4), side, "bottom") for x, side in ((ridge, "left"), (right, "right"), (left, "left"))]
-        _write(axes, f"matrix product {number(peak)} GFLOP/s", spots, drawn, words, MUTED)
+        _write(axes, f"matrix product {three_digits(peak)} GFLOP/s", spots, drawn, words, MUTED)
         spots = [((ridge / part, peak / part), (8, -2), "left", "top") for part in (2, 3, 1.4)]
-        _write(axes, f"copy {number(copy)} GB/s", spots, drawn, words, MUTED)
+        _write(axes, f"copy {three_digits(copy)} GB/s", spots, drawn, words, MUTED)
         for x, y, name in sorted(models):
             _write(axes, name, [((x, y), *spot) for spot in BESIDE], drawn, words, INK)
     return figure

@@ -55,7 +55,7 @@ def verdicts(cases: Sequence[Case]) -> tuple[str, list[str]]:
     )
     return summary, [
         f"{case.title}: {other.name} is {1 / ratio:.2f} times as fast as {ours.name} "
-        f"({plots.number(other.speed)} against {plots.number(ours.speed)} images/s)."
+        f"({tables.three_digits(other.speed)} against {tables.three_digits(ours.speed)} images/s)."
         for case, ours, other, ratio in compared
         if ratio < 1
     ]
@@ -186,7 +186,7 @@ def page(device: Device, drawn: dict[str, tuple[str, str, Any]]) -> str:
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {
-        "number": lambda value: "" if value is None else plots.number(value),
+        "number": tables.three_digits,
         "percent": tables.percent,
         "settings": tables.settings,
         "bound": lambda line: tables.bound(asdict(line)),
@@ -259,7 +259,7 @@ def peers_table(cases: Sequence[Case]) -> str:
         for ours, other, ratio in case.ratios():
             dtype = case.dtype + (" fast" if ours.accuracy == "fast" else "")
             shown = f"**{ratio:.2f}x**" if ratio >= 1 else f"{ratio:.2f}x"
-            speeds = plots.number(ours.speed), other.name, plots.number(other.speed)
+            speeds = tables.three_digits(ours.speed), other.name, tables.three_digits(other.speed)
             lines.append(f"| {' | '.join((case.model, str(case.batch), dtype, *speeds, shown))} |")
     return "\n".join(lines)
 

@@ -73,8 +73,7 @@ def bound(row: Row) -> str:
     """A row's place on the roofline, in words; empty without one."""
     if not row.get("bound_ms"):
         return ""
-    least = f"{row['bound_ms']:.0f}" if row["bound_ms"] >= 100 else f"{row['bound_ms']:.3g}"
-    return f"{row['flop_per_byte']:.0f} FLOP/byte, at least {least} ms ({row['bound']})"
+    return f"{row['flop_per_byte']:.0f} FLOP/byte, at least {three_digits(row['bound_ms'])} ms ({row['bound']})"
 
 
 def row_label(row: dict[str, Any]) -> str:
@@ -126,9 +125,9 @@ def print_peers(result: Result, console: Console) -> None:
     console.print(
         f"Speed-up: over {result['baseline']}. ms: the median, beside it the 20th and 80th percentile. Of bound: the "
         "least time at the machine's rates, as a share of ms; Winograd and caches can pass 100%. Set-up: export, "
-        "compiling, fusing and the first call. Error: the largest of a logit against float64, beside it how many times "
-        "unfused torch's. Flipped: predictions that differ from float64's. Extra: the peak of one forward pass. Kept: "
-        "what set-up leaves behind. Memory is reused by all.",
+        "compiling, fusing and the first call. Error: the largest of an output against float64, beside it how many "
+        "times unfused torch's. Flipped: predictions that differ from float64's. Extra: the peak of one forward pass. "
+        "Kept: what set-up leaves behind. Memory is reused by all.",
         style="dim",
     )
     if result["interrupted"]:
@@ -165,11 +164,11 @@ def blocks_table(result: Result, dtype: str) -> Table:
     for block in dict.fromkeys(row["block"] for row in rows):
         here = [row for row in rows if row["block"] == block]
         best = best_peer(here)
-        cells = [f"{best['name']} {best['ms_median']:.2f}" if best else "not timed"]
+        cells = [f"{best['name']} {three_digits(best['ms_median'])}" if best else "not timed"]
         for accuracy in ("strict", "fast"):
             times = [row["ms_median"] for row in here if row["accuracy"] == accuracy and row["ms_median"]]
             ratio = best["ms_median"] / min(times) if best and times else None
-            cells += [number(min(times, default=None), 2), "" if ratio is None else f"{ratio:.2f}x"]
+            cells += [three_digits(min(times, default=None)), "" if ratio is None else f"{ratio:.2f}x"]
         table.add_row(block, *cells)
     return table
 
@@ -205,8 +204,8 @@ def peers_table(result: Result, dtype: str) -> Table:
             f"{row['name']} {row['version']}" if row["kind"] == "peer" and row["version"] not in known else row["name"],
             number(row["images_per_s"], 1),
             f"{row['speedup']:.2f}x" if row["speedup"] else "",
-            number(row["ms_median"], 1),
-            f"{row['ms_p20']:.1f}-{row['ms_p80']:.1f}",
+            three_digits(row["ms_median"]),
+            f"{three_digits(row['ms_p20'])}-{three_digits(row['ms_p80'])}",
             percent(row.get("share_of_bound")),
             number(row["setup_seconds"], 1),
             *([number(row.get("images_per_joule"), 2)] if energy else []),
@@ -288,8 +287,8 @@ def throughput_table(result: Result, dtype: str) -> Table:
                 memory,
                 f"{row['images_per_s']:.1f}",
                 f"{row['speedup']:.2f}x",
-                f"{row['ms_median']:.1f}",
-                f"{row['ms_p20']:.1f}-{row['ms_p80']:.1f}",
+                three_digits(row["ms_median"]),
+                f"{three_digits(row['ms_p20'])}-{three_digits(row['ms_p80'])}",
                 style="bold" if row["accuracy"] else None,
             )
         table.add_section()
@@ -321,6 +320,13 @@ def select(result: Result, dtype: str, memory: str) -> list[dict[str, Any]]:
 def number(value: float | None, digits: int) -> str:
     """The number with so many digits after the point; nothing for None."""
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def three_digits(value: float | None) -> str:
+    """The value with three digits, without exponent; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def percent(share: float | None) -> str:

@@ -208,7 +208,7 @@ def test_absences(device):
     ("value", "text"), [(0.01234, "0.0123"), (1.0, "1.00"), (30.0, "30.0"), (99.96, "100"), (1234.5, "1,234")]
 )
 def test_numbers_have_three_digits(value, text):
-    assert plots.number(value) == text
+    assert report.tables.three_digits(value) == text
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_page_and_plots(results):
         "best rates of all runscopy 20.0 GB/s, matmul fp32 0.2 TFLOP/s, bf16 2 TFLOP/s",
         "the best of all runs is drawn",
         "This run: copy 20.0 GB/s, matmul fp32 0.2 TFLOP/s, bf16 2 TFLOP/s; clocks: cores 2500 to 3100 MHz before",
-        "The model: 52 FLOP/byte, at least 5.8 ms (compute).",
+        "The model: 52 FLOP/byte, at least 5.80 ms (compute).",
         "OpenVINOgraph=all, threads=2",
         "clockscores 2500 to 3100 MHz before, cores 3100 MHz after",
         "peers/a.json",

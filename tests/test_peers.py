@@ -679,6 +679,11 @@ def test_table_shows_the_share_of_the_bound():
     assert "roofline:" not in printed(report_samples.with_peers()), "a result from before this was recorded"
 
 
+def test_short_times_have_three_digits():
+    text = printed(report_samples.with_peers(fused=3000.0))
+    assert "0.333  0.327-0.337" in next(line for line in text.splitlines() if line.startswith(" fused "))
+
+
 def test_table_of_a_run_without_anything():
     result = report_samples.with_peers()
     for row in result["rows"]:
