@@ -194,6 +194,7 @@ def page(device: Device, drawn: dict[str, tuple[str, str, Any]]) -> str:
     summary, losses = verdicts(device.cases)
     columns, rows = grid(device)
     newest, every = device.newest, [*device.cases, *device.blocks]
+    compared = [case for case in every if case.machine or not case.block]  # once only oneDNN was beside blocks
     return environment.get_template("report.html.j2").render(
         device=device,
         newest=newest,
@@ -201,7 +202,7 @@ def page(device: Device, drawn: dict[str, tuple[str, str, Any]]) -> str:
         clocks=tables.clocks(newest),
         summary=summary,
         losses=losses,
-        absences=absences(every),
+        absences=absences(compared),
         disturbances=disturbances(device),
         least_rate=LEAST_RATE,
         columns=columns,
