@@ -42,6 +42,7 @@ class PlanRow:
         layer_bytes: that would move if it ran layer by layer; see `roofline.Placement`.
         roof: its place on the roofline, if that was asked for and the machine was measured with its dtype.
         seconds: that it took, the median of a few calls with the same input; None if it was not timed.
+        candidates: what could have run with the seconds that each was expected to take, what ran first.
     """
 
     block: str
@@ -55,6 +56,7 @@ class PlanRow:
     layer_bytes: int = 0
     roof: Placement | None = None
     seconds: float | None = None
+    candidates: tuple[tuple[str, float], ...] = ()
 
     @property
     def share(self) -> float | None:
@@ -106,14 +108,22 @@ class Plan:
         return render(self)
 
     def _plan_table(self) -> Table:
-        table = Table(title="Plan", caption=f"{self.coverage:.1%} of the convolution FLOPs run in fused kernels")
-        for name in ("block", "kernel", "backend", "algorithm", "why"):
+        table = Table(title="Plan", caption=self._caption(), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for name in ("block", "kernel", "computed by"):
             table.add_column(name, overflow="fold")
         table.add_column("GFLOP", justify="right")
+        table.add_column("expected ms (of others), or why", overflow="fold")
         for row in self.rows:
-            cells = (row.block, row.kernel, row.backend, row.algorithm, row.why)
-            table.add_row(*cells, f"{row.flops / 1e9:.3f}", style=_style(row))
+            by = f"{row.backend} {row.algorithm}".strip()
+            table.add_row(row.block, row.kernel, by, f"{row.flops / 1e9:.3f}", _short_why(row), style=_style(row))
         return table
+
+    def _caption(self) -> str:
+        """Coverage, and how much of it torch's own operators compute."""
+        fused = sum(row.flops for row in self.rows if row.kernel != "unfused")
+        torchs = sum(row.flops for row in self.rows if row.backend == "reference")
+        by_torch = f"; {torchs / fused:.1%} of that is computed by torch's own operators" if torchs else ""
+        return f"{self.coverage:.1%} of the convolution FLOPs run in fused ops{by_torch}"
 
     def _roofline_table(self, machine: Machine) -> Table:
         title = f"Roofline, {' and '.join(dict.fromkeys(row.dtype for row in self.rows))}: {machine}"
@@ -139,6 +149,16 @@ ROOFLINE_CAPTION = (
     "MB: input, weights and output, each once; by layers: if every layer were a kernel of its own. Bound: the least "
     "time for these FLOPs and MB. Share: bound / ms. Winograd multiplies less and caches keep data: both can pass it."
 )
+
+
+def _short_why(row: PlanRow) -> str:
+    """The times that decided, or what else did."""
+    if not row.candidates:
+        return row.why
+    names = [name.removeprefix(f"{row.backend} ") for name, _ in row.candidates]
+    times = [f"{seconds * 1e3:.3g}" for _, seconds in row.candidates]
+    others = ", ".join(f"{name} {ms}" for name, ms in zip(names[1:], times[1:], strict=True))
+    return f"{times[0]} ({others})" if others else times[0]
 
 
 def _style(row: PlanRow) -> str | None:
@@ -173,10 +193,13 @@ def explain(fast: nn.Module, x: Tensor, roofline: bool | Machine = False, timed:
         The plan; print it for a table.
 
     Raises:
-        InputError: `fast` is no module, or in train mode; `x` is no tensor; there is no roofline for the dtype of `x`.
+        InputError: `fast` is no module, or in train mode; `x` is no tensor, or on the meta device; there is no roofline
+            for the dtype of `x`.
     """
     check_model("fast", fast)
     check_tensor("x", x)
+    if x.device.type == "meta":
+        raise InputError("x must be on a device that computes, got meta")
     machine = _machine(roofline, x)
     watch = _Watch(fast, x, machine, timed)
     # In inference mode torch would hand over composite operators that contain a convolution.
@@ -214,6 +237,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module, x: Tensor, machine: Machine | None, timed: bool) -> None:
         super().__init__()
         self._machine, self._timed = machine, timed
+        self._autocast = torch.is_autocast_enabled(x.device.type)  # below it, where the ops are seen, it is off
         self.rows: list[PlanRow] = []
         self._blocks: dict[int, str] = {}
         self._convs: dict[int, str] = {}
@@ -254,8 +278,10 @@ class _Watch(TorchDispatchMode):
         return replace(row, roof=roof, seconds=_seconds(call, device) if self._timed else None)
 
     def _unfused(self, x: Tensor, weight: Tensor, y: Tensor, transposed: bool) -> PlanRow:
-        name, why = self._convs.get(id(weight), ""), "its weight is computed, by autocast or otherwise"
-        if name:
+        name, why = self._convs.get(id(weight), ""), "its weight is computed, as a parametrization does"
+        if self._autocast:
+            why = "autocast is on"
+        elif name:
             why = self._reasons.get(name, "no BatchNorm that follows it was found")
         work = 2 * (x if transposed else y).numel() * weight[0].numel()
         moved = x.nbytes + weight.nbytes + y.nbytes
@@ -271,4 +297,5 @@ def _fused(block: str, kernel: str, choices: list[plan.Choice], dtype: torch.dty
         why += ": " + ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in choice.seconds)
     shape, size = choice.shape, dtype.itemsize
     moved, layer_moved = traffic(shape, size), layer_traffic(shape, size)
-    return PlanRow(block, kernel, choice.backend, algorithm, why, shape.flops, dtype_name(dtype), moved, layer_moved)
+    row = PlanRow(block, kernel, choice.backend, algorithm, why, shape.flops, dtype_name(dtype), moved, layer_moved)
+    return replace(row, candidates=choice.seconds)
