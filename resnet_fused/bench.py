@@ -14,6 +14,7 @@ import gc
 import importlib.util
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -87,6 +88,8 @@ class Job:
             one_of("accuracy", self.accuracy, ACCURACIES)
         if self.batch < 1:
             raise InputError(f"batch must be at least 1, got {self.batch}")
+        if not 0 <= self.seconds < math.inf:
+            raise InputError(f"seconds must be a number of at least 0, got {self.seconds}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError(
                 f"device must be one that torch can use: 'cuda' was given, torch {torch.__version__} sees no GPU"

@@ -19,6 +19,7 @@ from . import bench as benchmark
 from . import environment, models, report
 from . import peers as comparison
 from . import tune as tuning
+from ._version import __version__
 from .complexity import info as count
 from .errors import BackendError, InputError, WorkerError
 from .explain import explain as explain_model
@@ -32,6 +33,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
 
@@ -74,6 +76,22 @@ def shown_progress(width: int) -> Iterator[benchmark.Progress]:
             step = what
 
         yield tell
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Residual CNNs, fused: the same outputs, faster."""
 
 
 @app.command()

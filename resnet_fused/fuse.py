@@ -40,25 +40,25 @@ def fuse(model: M, backend: str = "auto", accuracy: str = "strict", inplace: boo
         The fused model; a fused model is fused again with the new settings.
 
     Raises:
-        InputError: an unknown name, no module, a model in train mode, or nothing in it can be fused. The model is then
-            as it was.
+        InputError: an unknown name, no module, a model in train mode or that cannot be copied, or nothing in it can be
+            fused. The model is then as it was.
     """
     one_of("backend", backend, BACKENDS)
     one_of("accuracy", accuracy, ACCURACIES)
     check_model("model", model)
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError(f"model must be the module it was scripted or traced from, got {type(model).__name__}")
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else copied(model)
     found = Search(target, Settings(backend, accuracy, channels_last=True))
     if not found.changes:
         convs = sum(isinstance(m, nn.Conv2d) for m in target.modules())
         why = f": {next(iter(found.reasons.values()))}" if found.reasons else ""
         raise InputError(
             f"model must have a convolution followed by a BatchNorm that can be fused, got {type(model).__name__} with "
-            f"{convs} convolutions and none{why}"
+            f"{counted(convs)} and none{why}"
         )
     if hooks := [why for why in found.reasons.values() if why.startswith("a hook on")]:
-        warnings.warn(f"{len(hooks)} convolutions stay unfused so that hooks run: {hooks[0]}", stacklevel=2)
+        warnings.warn(f"{counted(len(hooks))} left unfused so that hooks run: {hooks[0]}", stacklevel=2)
     apply(found, target)
     return target
 
@@ -74,10 +74,10 @@ def unfuse(model: M, inplace: bool = False) -> M:
         The model, unfused. Modules of `resnet_fused.nn` fuse themselves, so they stay as they are.
 
     Raises:
-        InputError: `model` is no module.
+        InputError: `model` is no module, or cannot be copied.
     """
     check_module("model", model)
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else copied(model)
     restore(target)
     for module in target.modules():
         if isinstance(module, DropIn) and not module.training:
@@ -96,6 +96,20 @@ def fusions(model: nn.Module) -> dict[str, Fusion]:
         first, *rest = (names.get(id(step), "") for step in fusion.steps)
         found[f"{first}..{rest[-1].rpartition('.')[2]}" if rest else first] = fusion
     return found
+
+
+def counted(convolutions: int) -> str:
+    """Their number in words of a sentence."""
+    return f"{convolutions} convolution{'' if convolutions == 1 else 's'}"
+
+
+def copied(model: M) -> M:
+    """A deep copy; raises InputError where the model holds what cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        why = " ".join(str(error).split())[:160]
+        raise InputError(f"model must allow a deep copy, or be changed itself with inplace=True: {why}") from error
 
 
 def check_module(argument: str, model: object) -> nn.Module:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from .errors import InputError
@@ -37,9 +37,8 @@ class _State(threading.local):
 _state = _State()
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Run every call whose backend is `"auto"` on backend `name`, in this thread.
+def backend(name: str) -> AbstractContextManager[None]:
+    """Run every call whose backend is `"auto"` on another one, in this thread, as long as a `with` statement lasts.
 
     Works around and inside a function under `torch.compile`. A call or module that names its backend keeps it.
 
@@ -49,7 +48,11 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         InputError: unknown name.
     """
-    one_of("backend", name, BACKENDS)
+    return _backend(one_of("backend", name, BACKENDS))
+
+
+@contextmanager
+def _backend(name: str) -> Iterator[None]:
     previous = _state.backend
     _state.backend = name
     try:

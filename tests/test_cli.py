@@ -59,6 +59,10 @@ def test_env():
         assert word in outcome.stdout
 
 
+def test_version():
+    assert run(app, ["--version"]).stdout.strip() == __version__
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -67,6 +71,8 @@ def test_env():
         (["bench", "--device", "tpu"], ["device", "cpu", "tpu"]),
         (["bench", "--accuracy", "sloppy"], ["accuracy", "fast", "sloppy"]),
         (["bench", "--batch", "0"], ["batch", "1", "0"]),
+        (["bench", "--seconds", "-1"], ["seconds", "at least 0", "-1"]),
+        (["bench", "--seconds", "nan"], ["seconds", "at least 0", "nan"]),
         (["bench", "--json", "/nowhere/out.json"], ["--json", "/nowhere/out.json"]),
         (["bench", "--json", "/"], ["--json", "'/'"]),
         (["bench", "--plot", "/nowhere/out.png"], ["--plot", "/nowhere/out.png"]),

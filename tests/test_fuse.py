@@ -375,7 +375,7 @@ def test_children_of_a_fused_stem_outside_of_the_model():
     [
         (lambda: tiny().train(), {}, "model must be in eval mode, got TinyResNet in train mode"),
         (lambda: nn.Sequential(nn.Linear(3, 4)).eval(), {}, "got Sequential with 0 convolutions"),
-        (lambda: nn.Conv2d(3, 4, 3).eval(), {}, "with 1 convolutions and none"),
+        (lambda: nn.Conv2d(3, 4, 3).eval(), {}, "with 1 convolution and none"),
         (lambda: Odd("gamma", 32, 8, norm_layer=nn.Identity).eval(), {}, "got Odd with 3 convolutions"),
         (tiny, {"backend": "cudnn"}, "backend must be one of .* got 'cudnn'"),
         (tiny, {"accuracy": "exact"}, "accuracy must be one of .* got 'exact'"),
@@ -387,6 +387,15 @@ def test_errors_leave_the_model_as_it_was(make, arguments, message, inplace):
     with pytest.raises(InputError, match=message):
         rf.fuse(model, inplace=inplace, **arguments)
     assert_same_fingerprint(before, fingerprint(model))
+
+
+def test_a_model_that_cannot_be_copied():
+    model = tiny()
+    model.lock = threading.Lock()
+    for change in (rf.fuse, rf.unfuse):
+        with pytest.raises(InputError, match=r"deep copy, or be changed itself with inplace=True: .*lock"):
+            change(model)
+    assert rf.fuse(model, inplace=True) is model
 
 
 def test_no_module():

@@ -5,7 +5,8 @@ import torch
 from support import DTYPES, EXAMPLES, Case, conv_case
 
 import resnet_fused as rf
-from resnet_fused.errors import BackendError
+from resnet_fused import settings
+from resnet_fused.errors import BackendError, InputError
 from resnet_fused.kernels import packing
 
 
@@ -181,3 +182,20 @@ def test_named_backend_that_cannot_is_an_error():
         case.run(backend="vendor")
     with rf.backend("vendor"), pytest.raises(BackendError, match=r"backend='vendor'.*float64"):
         case.run()
+
+
+def test_an_unknown_backend_is_told_before_with():
+    with pytest.raises(InputError, match=r"backend must be one of .* got 'foo'"):
+        rf.backend("foo")
+
+
+@pytest.mark.parametrize(("value", "error"), [("foo", "RESNET_FUSED_BACKEND must be one of .* got 'foo'"), ("", None)])
+def test_backend_of_the_environment(monkeypatch, value, error):
+    monkeypatch.setenv("RESNET_FUSED_BACKEND", value)
+    monkeypatch.setattr(settings, "_state", settings._State())
+    case = conv_case()
+    if error is None:
+        case.run()
+    else:
+        with pytest.raises(InputError, match=error):
+            case.run()

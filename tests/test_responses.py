@@ -132,6 +132,12 @@ def test_bad_input_of_the_command(arguments, words):
     assert all(word in outcome.stderr for word in words), outcome.stderr
 
 
+def test_weights_that_are_none(tmp_path):
+    (tmp_path / "bad.pt").write_text("epoch 1\n")
+    with pytest.raises(InputError, match="must hold the state_dict of a CifarResNet"):
+        rf.models.load_weights(rf.models.resnet20_cifar(), tmp_path / "bad.pt")
+
+
 def test_weights_of_another_model(tmp_path):
     torch.save(rf.models.resnet32_cifar().state_dict(), tmp_path / "other.pt")
     with pytest.raises(InputError, match="must hold the state_dict of a CifarResNet"):

@@ -46,7 +46,7 @@ def find(name: str) -> Entry:
     """
     if name not in _entries:
         close = difflib.get_close_matches(name, _entries, n=4, cutoff=0.5)
-        hint = f"perhaps {' or '.join(close)}" if close else "see resnet_fused.models.names()"
+        hint = f"perhaps {' or '.join(close)}" if close else f"such as {', '.join(list(_entries)[:5])}"
         raise InputError(f"model must be one of resnet_fused.models ({hint}), got {name!r}")
     return _entries[name]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state)
-    except (OSError, ImportError, pickle.UnpicklingError, RuntimeError, TypeError, ValueError) as error:
+    except (OSError, EOFError, ImportError, LookupError, RuntimeError, TypeError, ValueError, UnpicklingError) as error:
         why = " ".join(str(error).split())[:160]
         raise InputError(f"{path} must hold the state_dict of a {type(model).__name__}: {why}") from None
