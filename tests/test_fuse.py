@@ -340,7 +340,7 @@ def test_parametrized_weight_stays():
     model.eval()
     fast, x = rf.fuse(model), images()
     assert {row.kernel for row in rf.explain(fast, x).rows if row.block == "layer1.0"} == {"conv_bn_act"}
-    assert reasons(fast, x) == {"": "its weight is computed, by autocast or otherwise"}
+    assert reasons(fast, x) == {"": "its weight is computed, as a parametrization does"}
     torch.testing.assert_close(fast(x), model(x))
 
 
