@@ -17,6 +17,7 @@ import torch
 from resnet_fused import environment
 from resnet_fused import report as tables
 from resnet_fused.bench import BASELINE, SCHEMA, summarise
+from resnet_fused.blocks import split
 from resnet_fused.errors import InputError
 from resnet_fused.peers.fused import ONEDNN
 from resnet_fused.roofline import Machine, Placement, placement, standing, total
@@ -80,12 +81,12 @@ class Case:
     @property
     def network(self) -> str:
         """The model; of a block, the one that it is of."""
-        return self.model.partition("/")[0]
+        return split(self.model)[0]
 
     @property
     def block(self) -> str:
         """The block's path and the input of one image; empty for the whole model."""
-        return self.model.partition("/")[2]
+        return split(self.model)[1]
 
     @property
     def title(self) -> str:

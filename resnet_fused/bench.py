@@ -99,12 +99,12 @@ class Job:
     @property
     def network(self) -> str:
         """The model; if a block is measured, the one that it is of."""
-        return self.model.partition("/")[0]
+        return blocks.split(self.model)[0]
 
     @property
     def block(self) -> str:
         """The block's path in the network; empty for the whole."""
-        return self.model.partition("/")[2]
+        return blocks.split(self.model)[1]
 
     def accuracies(self, dtype: str) -> tuple[str, ...]:
         """Those at which the model is fused for one dtype."""

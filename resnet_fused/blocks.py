@@ -17,6 +17,12 @@ from .verify import submodules
 T = TypeVar("T")
 
 
+def split(name: str) -> tuple[str, str]:
+    """The model and the block's path in a name such as `"resnet50/layer1.1"`; no path is the whole model."""
+    model, _, block = name.partition("/")
+    return model, block
+
+
 @dataclass(frozen=True)
 class Block:
     """The modules of a model, one after the other, that run as one op when it is fused."""

@@ -88,11 +88,10 @@ def print_result(result: Result, console: Console) -> None:
     clock_words = f"clocks: {clocks(result)}" if clocks(result) else ""
     for words in filter(None, (machine, clock_words)):
         console.print(words, highlight=False)
-    if result.get("kind") == "blocks":
-        print_blocks(result, console)
-        return
     if result["peers"]:
-        print_peers(result, console)
+        (print_blocks if result.get("kind") == "blocks" else print_peers)(result, console)
+        if result["interrupted"]:
+            console.print("Interrupted: these are the rows so far.", style="yellow")
         return
     console.print(parity_table(result))
     for dtype in result["dtype"].split(","):
@@ -130,8 +129,6 @@ def print_peers(result: Result, console: Console) -> None:
         "Kept: what set-up leaves behind. Memory is reused by all.",
         style="dim",
     )
-    if result["interrupted"]:
-        console.print("Interrupted: these are the rows so far.", style="yellow")
 
 
 def print_blocks(result: Result, console: Console) -> None:
@@ -151,8 +148,6 @@ def print_blocks(result: Result, console: Console) -> None:
         "times as fast as that it is. A block gets what it gets in the model on real pictures. Memory is reused.",
         style="dim",
     )
-    if result["interrupted"]:
-        console.print("Interrupted: these are the rows so far.", style="yellow")
 
 
 def blocks_table(result: Result, dtype: str) -> Table:
