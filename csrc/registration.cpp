@@ -17,6 +17,7 @@
 #include "cpu/block.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
+#include "cpu/program.h"
 
 namespace {
 
@@ -47,26 +48,15 @@ cpu::Algorithm algorithm_of(const std::string& name) {
   return cpu::Algorithm::kWinograd4;
 }
 
-// Blocks that are run again and again: everything but the images, and the tensors that they point into. `recording` is
-// the one that this thread is making: blocks are then written there and not computed.
+// Blocks that are to run again and again, and the tensors that they point into. `recording` is the one that this thread
+// is making: blocks are then written there and not computed.
 struct Recording {
-  struct Step {
-    cpu::Block block;
-    int64_t c;                   // channels of x
-    std::array<int64_t, 4> out;  // NCHW
-    int x, residual;             // the step whose output that is; kInput: the recording's x
-    // A dense block: `block` is its x and its buffer, as an image.
-    cpu::DenseShape dense{};
-    std::vector<cpu::Block> layers{};
-    cpu::Head head{};  // or one with weights: `block` is its x and its output
-    int64_t out_bytes() const { return out[0] * out[1] * out[2] * out[3] * cpu::element_size(block.dtype); }
-  };
-  static constexpr int kInput = -1, kUnknown = -2;
+  static constexpr int kUnknown = -2;
   static constexpr uint64_t kMagic = 0x7266726563303031;
 
   uint64_t magic = kMagic;
   const void* x;
-  std::vector<Step> steps;
+  std::vector<cpu::Step> steps;
   bool plain = true;  // nothing else was run
   std::vector<Tensor> kept;
 
@@ -76,10 +66,10 @@ struct Recording {
   int source(const void* data) const {
     for (int i = static_cast<int>(steps.size()); i-- > 0;)
       if (steps[i].block.out == data) return i;
-    return data == x ? kInput : kUnknown;
+    return data == x ? cpu::Step::kInput : kUnknown;
   }
-  Step& add(const cpu::Block& block, int64_t c, const std::array<int64_t, 4>& out) {
-    const Step step{block, c, out, source(block.x), block.residual ? source(block.residual) : kInput};
+  cpu::Step& add(const cpu::Block& block, int64_t c, const std::array<int64_t, 4>& out) {
+    const cpu::Step step{block, c, out, source(block.x), block.residual ? source(block.residual) : cpu::Step::kInput};
     plain = plain && step.x != kUnknown && step.residual != kUnknown;
     return steps.emplace_back(step);
   }
@@ -387,7 +377,7 @@ Tensor cpu_dense_block(const Tensor& x, Tensors in_scale, Tensors in_shift, Tens
   }
   if (recording) {
     image.out = out.mutable_data_ptr();
-    Recording::Step& step = recording->add(image, shape.c, {shape.n, shape.channels(shape.count), shape.h, shape.w});
+    cpu::Step& step = recording->add(image, shape.c, {shape.n, shape.channels(shape.count), shape.h, shape.w});
     step.dense = shape;
     step.layers = std::move(layers);
     return out;
@@ -438,141 +428,77 @@ Tensor cpu_head(const Tensor& x, const Tensor& weight, std::optional<Tensor> bia
 // Until `_cpu_recorded`, blocks that this thread runs are recorded: their outputs are not computed.
 void cpu_record(const Tensor& x) { recording = std::make_unique<Recording>(x.const_data_ptr()); }
 
-// What was recorded, for `_cpu_replay`, as a tensor that owns it; empty if it was not blocks that lead from x to y.
+// A tensor that owns an object, and is known by its first word.
+template <class T>
+Tensor owner_of(std::unique_ptr<T> object, const Tensor& like) {
+  const int64_t one = 1, bytes = sizeof(T);
+  return stable::from_blob(object.release(), {&bytes, 1}, {&one, 1}, like.device(), ScalarType::Byte,
+                           [](void* p) { delete static_cast<T*>(p); });
+}
+template <class T>
+const T& owned_by(const Tensor& t, const char* name, const char* op) {
+  const auto* const object = static_cast<const T*>(t.const_data_ptr());
+  STD_TORCH_CHECK(t.is_cpu() && t.numel() == sizeof(T) && object->magic == T::kMagic, name, ": expected what ", op,
+                  " made");
+  return *object;
+}
+
+// What was recorded, for `_cpu_link`; empty if it was not blocks that lead from x to y.
 Tensor cpu_recorded(const Tensor& y) {
   std::unique_ptr<Recording> r = std::move(recording);
   STD_TORCH_CHECK(r, "_cpu_recorded: expected a call of _cpu_record before it, in this thread");
-  const int64_t one = 1;
-  int64_t bytes = 0;
+  const int64_t none = 0;
   if (r->steps.empty() || !r->plain || r->steps.back().block.out != y.const_data_ptr())
-    return stable::empty({&bytes, 1}, ScalarType::Byte, std::nullopt, y.device());
-  bytes = sizeof(Recording);
-  return stable::from_blob(r.release(), {&bytes, 1}, {&one, 1}, y.device(), ScalarType::Byte,
-                           [](void* p) { delete static_cast<Recording*>(p); });
+    return stable::empty({&none, 1}, ScalarType::Byte, std::nullopt, y.device());
+  return owner_of(std::move(r), y);
 }
 
-// Memory of the pool, for an image between two blocks.
-struct PoolDelete {
-  void operator()(void* p) const { cpu::pool_free(p); }
+// Recordings that run as one.
+struct Linked {
+  static constexpr uint64_t kMagic = 0x7266726563303032;
+
+  uint64_t magic = kMagic;
+  Tensors kept;  // the recordings
+  cpu::Program program;
 };
-using Pooled = std::unique_ptr<void, PoolDelete>;
-Pooled pooled(int64_t bytes) { return Pooled(cpu::pool_allocate(static_cast<size_t>(bytes))); }
 
-// A recorded dense block, on another image and into another buffer.
-void run_dense(const Recording::Step& step, const void* x, void* buffer) {
-  std::vector<cpu::Block> layers = step.layers;
-  for (cpu::Block& b : layers) {
-    b.out = static_cast<char*>(buffer) + (static_cast<char*>(b.out) - static_cast<char*>(step.block.out));
-    b.x = buffer;
+// Recordings, each on the output of the one before, for `_cpu_replay`.
+Tensor cpu_link(Tensors recordings) {
+  STD_TORCH_CHECK(!recordings.empty(), "recordings: expected at least one");
+  std::vector<cpu::Step> steps;
+  for (const Tensor& t : recordings) {
+    const Recording& r = owned_by<Recording>(t, "recordings", "_cpu_recorded");
+    const int before = static_cast<int>(steps.size());  // the recording's x is the last output
+    if (before) {
+      const auto& out = steps.back().out;
+      const cpu::Step& next = r.steps[0];
+      STD_TORCH_CHECK(next.block.n == out[0] && next.c == out[1] && next.block.h == out[2] && next.block.w == out[3] &&
+                          next.block.dtype == steps[0].block.dtype && next.block.x_pitch == out[1],
+                      "recordings: expected each to take the output of the one before");
+    }
+    auto place = [&](int source) { return source == cpu::Step::kInput ? before - 1 : before + source; };
+    for (const cpu::Step& step : r.steps) {
+      cpu::Step& s = steps.emplace_back(step);
+      s.x = place(step.x);
+      s.residual = place(step.residual);
+    }
   }
-  cpu::run_dense_block(cpu::kernels(), step.dense, x, step.block.x_pitch, buffer, layers, torch_threads());
+  const Tensor first = recordings[0];
+  return owner_of(
+      std::unique_ptr<Linked>(new Linked{Linked::kMagic, std::move(recordings), cpu::Program(std::move(steps))}), first);
 }
 
-// What lies between blocks that run together, at most: the four stages of ResNet-50 at batch 16 would take 50 MB more
-// than one after the other.
-constexpr int64_t kTogetherBytes = 32 << 20;
-
-// Recordings, each on the output of the one before.
-Tensor cpu_replay(const Tensor& x, Tensors recordings) {
-  STD_TORCH_CHECK(!recordings.empty(), "recordings: expected at least one");
-  std::vector<const Recording*> all;
-  for (const Tensor& t : recordings) {
-    const auto* const r = static_cast<const Recording*>(t.const_data_ptr());
-    STD_TORCH_CHECK(t.numel() == sizeof(Recording) && r->magic == Recording::kMagic,
-                    "recordings: expected tensors made by _cpu_recorded");
-    all.push_back(r);
-  }
-  const Recording::Step& first = all[0]->steps[0];
+Tensor cpu_replay(const Tensor& x, const Tensor& linked) {
+  const cpu::Program& program = owned_by<Linked>(linked, "linked", "_cpu_link").program;
+  const cpu::Step& first = program.first();
   const cpu::Block image = block_of(x);
   STD_TORCH_CHECK(image.n == first.block.n && x.size(1) == first.c && image.h == first.block.h &&
                       image.w == first.block.w && image.dtype == first.block.dtype &&
                       image.x_pitch == first.block.x_pitch,
                   "x: expected the shape, dtype and strides that were recorded");
-  for (size_t i = 1; i < all.size(); ++i) {
-    const auto& out = all[i - 1]->steps.back().out;
-    const Recording::Step& next = all[i]->steps[0];
-    STD_TORCH_CHECK(next.block.n == out[0] && next.c == out[1] && next.block.h == out[2] && next.block.w == out[3] &&
-                        next.block.dtype == image.dtype && next.block.x_pitch == out[1],
-                    "recordings: expected each to take the output of the one before");
-  }
-  // The blocks one after the other, each with the block (or x: -1) that it reads, and that it adds.
-  struct Link {
-    const Recording::Step* step;
-    int x, residual;
-  };
-  std::vector<Link> links;
-  for (const Recording* r : all) {
-    const int before = static_cast<int>(links.size());  // the recording's x is the last output
-    auto place = [&](int source) { return source == Recording::kInput ? before - 1 : before + source; };
-    for (const Recording::Step& step : r->steps) links.push_back({&step, place(step.x), place(step.residual)});
-  }
-  const int count = static_cast<int>(links.size());
-  const auto [n, c, h, w] = links.back().step->out;
+  const auto [n, c, h, w] = program.last().out;
   Tensor out = new_output(x, n, c, h, w);
-
-  // Memory of each output, from the last one back: one that is read for the last time before another is written takes
-  // the same memory, and so most take that of `out`.
-  struct Memory {
-    int64_t bytes;
-    int from, until;  // the first block that writes to it, and the last that reads it
-    void* data;       // of `pool`, while in use
-    Pooled pool;
-  };
-  std::vector<Memory> memories;
-  memories.push_back({links.back().step->out_bytes(), count - 1, count, out.mutable_data_ptr(), nullptr});
-  std::vector<size_t> place(static_cast<size_t>(count), 0);  // of an output among the memories
-  int64_t total = 0;
-  for (int i = count - 2; i >= 0; --i) {
-    int last = i;
-    for (int j = i + 1; j < count; ++j)
-      if (links[j].x == i || (links[j].step->block.residual && links[j].residual == i)) last = j;
-    const int64_t bytes = links[i].step->out_bytes();
-    auto free = std::find_if(memories.begin(), memories.end(),
-                             [&](const Memory& m) { return m.bytes == bytes && last < m.from; });
-    if (free == memories.end()) {
-      total += bytes;
-      free = memories.insert(memories.end(), Memory{bytes, i, last, nullptr, nullptr});
-    }
-    free->from = i;
-    place[i] = static_cast<size_t>(free - memories.begin());
-  }
-  auto source = [&](int from) -> const void* { return from < 0 ? x.const_data_ptr() : memories[place[from]].data; };
-  std::vector<cpu::Block> blocks;
-  auto run = [&] {
-    if (!blocks.empty()) cpu::run_sequence(cpu::kernels(), blocks, torch_threads());
-    blocks.clear();
-  };
-  for (int i = 0; i < count; ++i) {
-    const Recording::Step& step = *links[i].step;
-    Memory& memory = memories[place[i]];
-    if (!memory.data) {
-      if (total > kTogetherBytes) {  // what nobody reads any more makes room for it
-        run();
-        for (Memory& m : memories)
-          if (m.until < i && m.pool) m.pool.reset();
-      }
-      memory.pool = pooled(memory.bytes);
-      memory.data = memory.pool.get();
-    }
-    if (!step.layers.empty()) {
-      run();
-      run_dense(step, source(links[i].x), memory.data);
-      continue;
-    }
-    if (step.head.weight) {
-      run();
-      cpu::Head head = step.head;
-      head.x = source(links[i].x);
-      head.out = memory.data;
-      cpu::run_head(cpu::kernels(), head, torch_threads());
-      continue;
-    }
-    cpu::Block& b = blocks.emplace_back(step.block);
-    b.x = source(links[i].x);
-    if (b.residual) b.residual = source(links[i].residual);
-    b.out = memory.data;
-  }
-  run();
+  program.run(image.x, out.mutable_data_ptr(), torch_threads());
   return out;
 }
 
@@ -591,5 +517,6 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("_cpu_head", TORCH_BOX(&cpu_head));
   m.impl("_cpu_record", TORCH_BOX(&cpu_record));
   m.impl("_cpu_recorded", TORCH_BOX(&cpu_recorded));
+  m.impl("_cpu_link", TORCH_BOX(&cpu_link));
   m.impl("_cpu_replay", TORCH_BOX(&cpu_replay));
 }

@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .fuse import check_model, check_tensor
-from .fusion import unfused
-from .mixins import original_class
+from .fusion import original_class, unfused
 from .tables import render
 
 

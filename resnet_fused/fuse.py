@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from .errors import InputError
-from .fusion import OWN_HOOKS, Fusion, Settings, enter, leave, restore_format
+from .fusion import OWN_HOOKS, Fusion, Settings, enter, leave, original_class, restore_format
 from .matchers.search import Search
-from .mixins import FUSED_ATTRIBUTES, Fused, fused_class, original_class
+from .mixins import FUSED_ATTRIBUTES, Fused, Whole, fused_class
 from .nn._drop_in import DropIn
 from .route import Route
 from .settings import ACCURACIES, BACKENDS, one_of
@@ -138,19 +138,32 @@ def apply(found: Search, model: nn.Module) -> None:
         cls = original_class(module)
         # The modules of resnet_fused.nn have the mixin already.
         classes[module] = cls if issubclass(cls, Fused) else fused_class(mixin, cls)  # type: ignore[arg-type]
+    wholes = {c.owner: whole for c in found.routes if c.ending and (whole := whole_class(c.owner)) is not None}
     restore(model)
     for module, (_, attributes) in found.changes.items():
         module.__dict__.update(attributes)
         module.__class__ = classes[module]
-    routes = [route for candidate in found.routes if len((route := Route(*candidate)).stops) > 1]
+    routes = [route for candidate in found.routes if len((route := Route(candidate)).stops) > 1]
     for route in routes:
         for member in route.fused:
             member.__dict__["_fused_route"] = route.of(member)
+        if route.is_whole() and route.owner in wholes:
+            route.owner.__dict__["_fused_whole"] = route
+            route.owner.__class__ = wholes[route.owner]
     for owner in dict.fromkeys((*found.owners, *(route.owner for route in routes))):
         owner.register_forward_pre_hook(enter)
         owner.register_forward_hook(leave, always_call=True)
     model.register_forward_hook(restore_format, with_kwargs=True)
     model.__dict__["_unfused_reasons"] = found.reasons
+
+
+def whole_class(owner: nn.Module) -> type[nn.Module] | None:
+    """The class of a module whose forward may run as one call; None: its own allows no subclass, or fuses itself."""
+    cls = original_class(owner)
+    try:
+        return None if issubclass(cls, Fused) else fused_class(Whole, cls)  # type: ignore[arg-type]
+    except Exception:  # what its own __init_subclass__ may raise
+        return None
 
 
 def restore(model: nn.Module) -> None:

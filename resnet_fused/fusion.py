@@ -93,7 +93,7 @@ def restore_format(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
     That is channels_last if the first 4-D input is, or if the weights are; contiguous otherwise.
     """
-    if transformed():
+    if (isinstance(output, Tensor) and output.dim() != 4) or transformed():
         return output
     images = [t for t in pytree.tree_leaves(output) if is_image(t) and only_channels_last(t)]
     if not images:
@@ -162,6 +162,11 @@ class Kept(NamedTuple):
             and (self.versions is None or all(map(operator.eq, map(version, sources), self.versions)))
             and eps == self.eps
         )
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before it was fused."""
+    return getattr(type(module), "original_class", type(module))
 
 
 def hook_stores(module: nn.Module) -> tuple[dict[int, Any], ...]:

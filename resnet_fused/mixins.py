@@ -10,13 +10,14 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from . import replay
 from .fusion import Fusion
 from .route import Mark, Route, through
 
-FUSED_ATTRIBUTES = ("_fused_op", "_fused_steps", "_fused_route")  # what fusing adds to a module
+FUSED_ATTRIBUTES = ("_fused_op", "_fused_steps", "_fused_route", "_fused_whole")  # what fusing adds to a module
 
 
 class Fused:
@@ -91,6 +92,28 @@ class Skipped(Fused):
         return x if fusion.why_unfused(x) is None else None
 
 
+class Whole(Fused):
+    """Runs its whole forward as one call where that is a route (see route.py), the original one otherwise."""
+
+    _fused_whole: Route | None = None
+
+    def fusions(self) -> Sequence[Fusion]:
+        """None of its own: its children have theirs."""
+        return ()
+
+    def pieces(self) -> None:
+        """Not of fused ops alone: its forward may do something else behind the last one."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The route's output in eval mode, the original forward otherwise."""
+        route = self._fused_whole
+        if route is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            output = route.run_whole(self, args[0])  # type: ignore[arg-type]
+            if output is not None:
+                return output
+        return super(Fused, self).forward(*args, **kwargs)  # type: ignore[misc]
+
+
 def run_fused(fusion: Fusion, x: Any) -> Any:
     """The output of a piece, None if its original modules have to run now."""
     if not isinstance(x, Tensor):
@@ -116,7 +139,15 @@ def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[nn.Module
         _, _, *state = super(cls, self).__reduce_ex__(protocol)
         return (_rebuild, (mixin, original), *state)
 
-    body = {"__reduce_ex__": reduce, "__module__": __name__, "__doc__": original.__doc__, "original_class": original}
+    body: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": __name__, "__doc__": original.__doc__}
+    body["original_class"] = original
+    if mixin is Whole:  # it may be a whole model, whose arguments people and torch.fx look up
+
+        @functools.wraps(original.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return Whole.forward(self, *args, **kwargs)
+
+        body["forward"] = forward
     cls: Any = type(f"Fused{original.__name__}", (mixin, original), body)
     return cls
 
@@ -124,8 +155,3 @@ def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[nn.Module
 def _rebuild(mixin: type[Fused], original: type[nn.Module]) -> nn.Module:
     cls = fused_class(mixin, original)  # type: ignore[arg-type]
     return cls.__new__(cls)
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before it was fused."""
-    return getattr(type(module), "original_class", type(module))

@@ -274,10 +274,10 @@ class _Recording(threading.local):
 _recording = _Recording()
 
 
-def note(choice: Choice) -> None:
+def note(*choices: Choice) -> None:
     """Called by every op with what it is about to run."""
     if _recording.choices is not None:
-        _recording.choices.append(choice)
+        _recording.choices += choices
 
 
 @contextmanager

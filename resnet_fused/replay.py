@@ -41,7 +41,7 @@ class Recording:
         fusions: the pieces, as many as could be recorded.
         blocks: the modules around them whose own hooks and forward are passed by.
         route: what else is passed by.
-        handles: one for each piece, made by the native library.
+        handles: one for each piece, made by the native library; from now on they are one program.
         choices: what the plan decided, for `explain`.
     """
 
@@ -53,7 +53,8 @@ class Recording:
         handles: list[Tensor],
         choices: list[plan.Choice],
     ) -> None:
-        self.handles = handles
+        self.count = len(handles)
+        self.program = torch.ops.resnet_fused._cpu_link.default(handles) if handles else None
         self.choices = choices
         self._watched = watched = _watched(fusions, route)
         self.tensors = watched.tensors()
@@ -80,13 +81,16 @@ class Recording:
 
     def run(self, x: Tensor) -> Tensor:
         """The output of the last piece."""
-        for choice in self.choices:
-            plan.note(choice)
-        return torch.ops.resnet_fused._cpu_replay.default(x, self.handles)
+        plan.note(*self.choices)
+        return torch.ops.resnet_fused._cpu_replay.default(x, self.program)
 
 
 def run(
-    fusions: Sequence[Fusion], x: Tensor, blocks: Sequence[nn.Module] = (), route: Route | None = None
+    fusions: Sequence[Fusion],
+    x: Tensor,
+    blocks: Sequence[nn.Module] = (),
+    route: Route | None = None,
+    whole: bool = False,
 ) -> tuple[Tensor, int]:
     """Run as many of the pieces as may run as one call.
 
@@ -95,6 +99,7 @@ def run(
         x: input of the first.
         blocks: the modules that are not called for it, where `fusions` are theirs; none of them may have a hook.
         route: goes through more modules than `blocks`, and may end behind some of the pieces only (`Route.stops`).
+        whole: run all of them or none.
 
     Returns:
         The output of the last one that was run, and how many were; x and 0 if they have to be called.
@@ -107,7 +112,8 @@ def run(
         return x, 0
     if first.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    key = (tuple(fusions), tuple(blocks), route, x.shape, x.stride(), x.dtype, backend, plan.state(x.device))
+    pieces = (tuple(fusions), tuple(blocks)) if route is None else route  # which has those
+    key = (pieces, x.shape, x.stride(), x.dtype, backend, plan.state(x.device))
     kept = fusions[0].recordings
     recording = kept.get(key)
     if recording is None or not recording.holds():
@@ -118,9 +124,9 @@ def run(
         while len(kept) >= RECORDINGS_PER_FUSION:
             kept.pop(next(iter(kept)), None)
         kept[key] = recording
-    if not recording.handles or _wants_gradients(x, recording.tensors):
+    if recording.count < (len(fusions) if whole else 1) or _wants_gradients(x, recording.tensors):
         return x, 0
-    return recording.run(x), len(recording.handles)
+    return recording.run(x), recording.count
 
 
 def _plain(x: Tensor) -> bool:

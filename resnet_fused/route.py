@@ -3,21 +3,21 @@
 What a module's forward calls one after another is known from torch.fx, where its source shows that it does so on every
 call (see matchers/straight.py). On a CPU the first of those modules runs as many of them as can be recorded as one, and
 the others, when the forward comes to them, pass their input on. CIFAR ResNet-56 in bfloat16 at batch 1 is then one call
-instead of four, of 20 to 60 us each.
+instead of four, of 20 to 60 us each. Where the forward does nothing else at all, it need not run either.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from . import replay
-from .fusion import CALL_ATTRIBUTES, Fusion, Watched, cover, hook_stores, uncover
+from .fusion import CALL_ATTRIBUTES, Fusion, Watched, cover, hook_stores, original_class, uncover
 
 Place = tuple[dict[str, nn.Module | None], str]
 """The children of a module, and one of their names."""
@@ -39,18 +39,35 @@ class Mark:
     """What the members of a route carry, all but the first: a part alone does not hold the whole."""
 
 
+class Candidate(NamedTuple):
+    """What a route may be made of.
+
+    Attributes:
+        owner: the module whose forward it is; it gets the hooks `enter` and `leave`.
+        members: the modules; those without a mixin do nothing in eval mode.
+        places: where each is looked up on the way from the owner to it.
+        methods: of the owner, that its forward is made of.
+        ending: what the forward gives, if it does nothing but call the members: the last one's `"output"`, or that
+            `"flattened"` and passed on by the linear layer of a head; None: it does more.
+    """
+
+    owner: nn.Module
+    members: Sequence[nn.Module]
+    places: Sequence[Sequence[Place]]
+    methods: dict[str, Callable[..., Any]]
+    ending: str | None
+
+
 class Route:
     """Modules that `owner`'s forward calls in this order, each once, with the output of the one before, on every call.
 
     Args:
-        owner: the module whose forward it is; it has the hooks `enter` and `leave`.
-        members: the modules; those without a mixin do nothing in eval mode.
-        places: where each is looked up on the way from the owner to it.
+        candidate: the modules, fused by now.
     """
 
-    def __init__(self, owner: nn.Module, members: Sequence[nn.Module], places: Sequence[Sequence[Place]]) -> None:
+    def __init__(self, candidate: Candidate) -> None:
+        owner, members, places, self.methods, self.ending = candidate
         self.owner = owner
-        self.forward = type(owner).forward  # in which they are called
         self.mark = Mark()
         self.members: list[nn.Module] = []
         self.fused: list[nn.Module] = []  # those with a mixin
@@ -73,6 +90,7 @@ class Route:
                 containers.append(module)
                 inside += [(module._modules, name) for name in module._modules] if pieces else []
             self.stops[len(self.fusions)] = len(self.members)
+        self.reaches_end = len(self.members) == len(members)
         stages = [module._modules for module in containers if module._modules]
         self.watched = Watched(
             present=containers,
@@ -100,15 +118,25 @@ class Route:
         """What a member carries."""
         return self if member is self.members[0] else self.mark
 
+    def is_whole(self) -> bool:
+        """Whether the owner's forward does nothing else."""
+        return self.ending is not None and self.reaches_end
+
+    def has_methods(self) -> bool:
+        """Whether the owner's forward is still the one that was read."""
+        cls, own = original_class(self.owner), self.owner.__dict__
+        return all([getattr(cls, name) is method and name not in own for name, method in self.methods.items()])
+
     def is_called(self) -> bool:
         """Whether it is the owner's forward that has called the first member, and not a hook or anybody else."""
-        if type(self.owner).forward is not self.forward:
+        if not self.has_methods():
             return False
         frame: FrameType | None = sys._getframe(1)
+        code = self.methods["forward"].__code__
         for _ in range(MOST_FRAMES):
             if frame is None:
                 return False
-            if frame.f_code is self.forward.__code__:
+            if frame.f_code is code:
                 return any(value is self.owner for value in frame.f_locals.values())
             frame = frame.f_back
         return False
@@ -122,6 +150,16 @@ class Route:
             return None
         cover(self.owner, self.members[1 : self.stops[count]], output)
         return output
+
+    def run_whole(self, owner: nn.Module, x: Any) -> Tensor | None:
+        """What `owner`'s forward, which was called with `x`, gives; None: it has to run."""
+        # The owner's shallow copy has the same route.
+        if owner is not self.owner or not isinstance(x, Tensor) or not self.has_methods():
+            return None
+        output, count = replay.run(self.fusions, x, self.blocks, self, whole=True)
+        if not count:
+            return None
+        return output.flatten(1) if self.ending == "flattened" else output
 
 
 def through(module: nn.Module, x: Any) -> Any:

@@ -666,7 +666,7 @@ def test_recordings_go_with_the_model(net):
     with torch.no_grad():
         fast(X)
     kept = [r for m in fast.modules() for f in getattr(m, "fusions", list)() for r in f.recordings.values()]
-    handles = [weakref.ref(handle) for r in kept for handle in r.handles]
+    handles = [weakref.ref(r.program) for r in kept]
     assert handles
     del kept, fast, net
     gc.collect()
@@ -678,8 +678,8 @@ def test_old_recordings_go_with_the_weights_they_were_made_of(fast):
     with torch.no_grad():
         fast(X[:1])
     kept = [r for m in fast.modules() for f in getattr(m, "fusions", list)() for r in f.recordings.values()]
-    handles = [weakref.ref(handle) for r in kept for handle in r.handles]
-    assert len(handles) >= 12  # six pieces, two shapes
+    handles = [weakref.ref(r.program) for r in kept]
+    assert len(handles) == 2  # two shapes
     del kept
     fast.bfloat16()
     gc.collect()
@@ -736,21 +736,27 @@ def test_an_error_while_recording_leaves_nothing_behind(net, monkeypatch):
 def test_wrong_arguments_are_refused(fast):
     with torch.no_grad():
         fast.layer2(fast.layer1(fast.stem(X)))  # each as a call of its own
-    handles = next(iter(fast.layer2[0]._fused_op.recordings.values())).handles
-    with pytest.raises(RuntimeError, match="at least one"):
-        OPS._cpu_replay(X, [])
-    with pytest.raises(RuntimeError, match="made by _cpu_recorded"):
-        OPS._cpu_replay(X, [torch.zeros(handles[0].numel(), dtype=torch.uint8)])
-    with pytest.raises(RuntimeError, match="made by _cpu_recorded"):
-        OPS._cpu_replay(X, [torch.zeros(3, dtype=torch.uint8)])
+    program = next(iter(fast.layer2[0]._fused_op.recordings.values())).program
     good = torch.randn(2, 64, 5, 5).to(memory_format=torch.channels_last)
-    OPS._cpu_replay(good, handles)
+    OPS._cpu_replay(good, program)
+    for wrong in (torch.zeros(program.numel(), dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), X):
+        with pytest.raises(RuntimeError, match="_cpu_link made"):
+            OPS._cpu_replay(good, wrong)
+        with pytest.raises(RuntimeError, match="_cpu_recorded made"):
+            OPS._cpu_link([wrong])
     for bad in (good[:1], good[:, :16], good[:, :, :4], good.bfloat16(), good.contiguous()):
         with contextlib.suppress(AssertionError), pytest.raises(RuntimeError, match="x: expected"):
-            OPS._cpu_replay(bad, handles)
-    first = next(iter(fast.layer1[0]._fused_op.recordings.values())).handles[:1]
+            OPS._cpu_replay(bad, program)
+    recordings = []
+    for block in fast.layer1[1:]:
+        x = torch.randn(2, 64, 5, 5).to(memory_format=torch.channels_last)
+        OPS._cpu_record(x)
+        recordings.append(OPS._cpu_recorded(block._fused_op.run(x)))
+    OPS._cpu_link(recordings)
+    OPS._cpu_record(good)
+    recordings.append(OPS._cpu_recorded(fast.layer2[1]._fused_op.run(good)))
     with pytest.raises(RuntimeError, match="output of the one before"):
-        OPS._cpu_replay(X, [*first, *first])
+        OPS._cpu_link(recordings)
 
 
 def test_memory_between_stages_is_given_back():

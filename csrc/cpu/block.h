@@ -2,6 +2,7 @@
 // that is computed band by band, with everything between input and output kept in the core's own cache.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -117,12 +118,23 @@ struct Schedule {
 };
 RF_EXPORT Schedule schedule(const Kernels&, const Block&, int threads);
 
-// Throws std::invalid_argument on a pack of another instruction set, shape or algorithm.
-void run_block(const Kernels&, const Block&, const Parallel&);
-
 // Blocks that read what those before them wrote: image i of a block nothing but image i of earlier ones. Memory may be
 // written again by a block two places further on, if it has images of the same size.
-void run_sequence(const Kernels&, const std::vector<Block>&, const Parallel&);
+class Sequence {
+ public:
+  // Throws std::invalid_argument on a pack of another instruction set, shape or algorithm.
+  Sequence(const Kernels&, std::vector<Block>, int threads);
+  ~Sequence();
+  // What block i reads, adds (null: nothing) and writes from now on.
+  void bind(size_t i, const void* x, const void* residual, void* out);
+  // With as many threads as it was made for; one run at a time.
+  void run(const Parallel&);
+
+ private:
+  struct Prepared;
+  std::unique_ptr<Prepared> prepared_;
+};
+void run_block(const Kernels&, const Block&, const Parallel&);
 
 // ---- dense blocks (dense.cpp) ------------------------------------------------------------------------------------
 // All layers of a dense block share one buffer of c + count * growth channels: layer i reads its first c + i * growth
@@ -136,7 +148,9 @@ struct DenseShape {
 };
 // Layer `i` on the buffer; the caller sets the weights and vectors.
 RF_EXPORT Block dense_layer(const DenseShape&, int i, void* buffer);
-// x: NHWC, [n, h, w, c]; `layers`: from dense_layer.
+// x, NHWC, [n, h, w, c], into the first channels of the buffer.
+void copy_into_buffer(const DenseShape&, const void* x, Pitch x_pitch, void* buffer, const Parallel&);
+// `layers`: from dense_layer.
 void run_dense_block(const Kernels&, const DenseShape&, const void* x, Pitch x_pitch, void* buffer,
                      const std::vector<Block>& layers, const Parallel&);
 

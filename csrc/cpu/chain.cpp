@@ -1147,13 +1147,14 @@ void check_pack(const Kernels& kernels, const Block& b, const Layer& layer, cons
                                 std::to_string(s.s) + "]");
 }
 
-// Chains in one parallel region: threads take the next unit when they are done with one, so that one that the system
-// holds up delays nobody by more. A unit is a band of a group of images, or the group through all of a few chains whose
-// weights stay in L2 together. It waits until what it reads is written: units are taken in order, so those that it
-// waits for are being computed by threads that run, however few there are.
+// Chains in one parallel region. A unit is a band of a group of images, or the group through all of a few chains whose
+// weights stay in L2 together. Each thread takes the units of its own share of the pixels first, which it computed and
+// has in its caches, then those that others have not begun: one that the system holds up delays nobody by more. A unit
+// waits until what it reads is written; a thread goes on to the next chains when all units of those before are taken, so
+// those that it waits for are being computed by threads that run, however few there are.
 class Region {
  public:
-  Region(Chain* first, Chain* last) {
+  Region(Chain* first, Chain* last, int threads) {
     int64_t weights = 0;
     for (Chain* c = first; c < last; weights += c->weights(), ++c) {
       const bool kept = c > first && c->plan.bands == 1 && parts_.back().bands == 1 && same_groups(c[-1], *c) &&
@@ -1163,20 +1164,25 @@ class Region {
         c[-1].kept = c->group_bytes() <= kKeptPixels;
         continue;
       }
+      if (c > first && same_groups(c[-1], *c) && c[-1].plan.bands == c->plan.bands)
+        c[-1].kept = ceil_div(c->block.n, c->plan.images) * c->group_bytes() <= kKeptPixels;
       weights = 0;
       parts_.push_back({c, c + 1, units_, groups_, ceil_div(c->block.n, c->plan.images), c->plan.bands});
       units_ += parts_.back().groups * c->plan.bands;
       groups_ += parts_.back().groups;
     }
     done_ = std::make_unique<std::atomic<int>[]>(static_cast<size_t>(groups_));
+    taken_ = std::make_unique<std::atomic<bool>[]>(static_cast<size_t>(units_));
+    int64_t widest = 0;
+    for (const Part& p : parts_) widest = std::max(widest, p.groups * p.bands);
+    threads_ = std::min<int64_t>(widest, threads);
   }
 
   void run(const Parallel& parallel) {
-    int64_t widest = 0;
-    for (const Part& p : parts_) widest = std::max(widest, p.groups * p.bands);
+    for (int64_t g = 0; g < groups_; ++g) done_[g].store(0, std::memory_order_relaxed);
+    for (int64_t u = 0; u < units_; ++u) taken_[u].store(false, std::memory_order_relaxed);
     parallel.run(
-        std::min<int64_t>(widest, parallel.threads),
-        [](int64_t, int64_t, void* region) { static_cast<Region*>(region)->work(); }, this);
+        threads_, [](int64_t thread, int64_t, void* region) { static_cast<Region*>(region)->work(thread); }, this);
   }
 
  private:
@@ -1187,23 +1193,27 @@ class Region {
     int bands;
   };
   std::vector<Part> parts_;
-  int64_t units_ = 0, groups_ = 0;
-  std::unique_ptr<std::atomic<int>[]> done_;  // units of each group
-  std::atomic<int64_t> next_{0};
+  int64_t units_ = 0, groups_ = 0, threads_ = 1;
+  std::unique_ptr<std::atomic<int>[]> done_;    // units of each group
+  std::unique_ptr<std::atomic<bool>[]> taken_;  // of each unit
 
   static bool same_groups(const Chain& a, const Chain& b) {
     return a.block.n == b.block.n && a.plan.images == b.plan.images;
   }
 
-  void work() {
-    const Part* part = parts_.data();
-    for (int64_t unit; (unit = next_.fetch_add(1, std::memory_order_relaxed)) < units_;) {
-      while (unit >= part->first_unit + part->groups * part->bands) ++part;
-      const int64_t group = (unit - part->first_unit) / part->bands;
-      if (part > parts_.data()) wait_for(part[-1], same_groups(*part[-1].begin, *part->begin) ? group : -1);
-      const Done done{done_[part->first_group + group]};
-      for (const Chain* chain = part->begin; chain < part->end; ++chain)
-        run_unit(*chain, group, static_cast<int>((unit - part->first_unit) % part->bands));
+  void work(int64_t thread) {
+    for (const Part& part : parts_) {
+      const int64_t units = part.groups * part.bands, first = units * thread / threads_;
+      for (int64_t i = 0; i < units; ++i) {
+        const int64_t unit = (first + i) % units, group = unit / part.bands;
+        auto& taken = taken_[part.first_unit + unit];
+        if (taken.load(std::memory_order_relaxed) || taken.exchange(true, std::memory_order_relaxed)) continue;
+        const Part* const before = &part - 1;
+        if (&part > parts_.data()) wait_for(*before, same_groups(*before->begin, *part.begin) ? group : -1);
+        const Done done{done_[part.first_group + group]};
+        for (const Chain* chain = part.begin; chain < part.end; ++chain)
+          run_unit(*chain, group, static_cast<int>(unit % part.bands));
+      }
     }
   }
   // Counts a unit, also one that throws: nobody waits for it forever, and the region throws when all have ended.
@@ -1244,30 +1254,63 @@ Schedule schedule(const Kernels& kernels, const Block& block, int threads) {
   return chain.plan;
 }
 
-void run_block(const Kernels& kernels, const Block& block, const Parallel& parallel) {
-  run_sequence(kernels, {block}, parallel);
-}
+struct Sequence::Prepared {
+  // Blocks whose threads share channels, one after the other, or neighbours in one parallel region.
+  struct Part {
+    Chain* split;                    // the only one, or null
+    std::unique_ptr<Region> region;  // of all others
+  };
+  std::vector<Block> blocks;
+  std::vector<Chain> chains;  // empty: no output has a pixel
+  std::vector<Part> parts;
+};
 
-void run_sequence(const Kernels& kernels, const std::vector<Block>& blocks, const Parallel& parallel) {
-  std::vector<Chain> chains;
-  chains.reserve(blocks.size());
-  for (const Block& b : blocks) {
+Sequence::Sequence(const Kernels& kernels, std::vector<Block> blocks, int threads)
+    : prepared_(std::make_unique<Prepared>()) {
+  Prepared& p = *prepared_;
+  p.blocks = std::move(blocks);
+  p.chains.reserve(p.blocks.size());
+  for (const Block& b : p.blocks) {
     for (int l = 0; l < b.layer_count; ++l) check_pack(kernels, b, b.layers[l], "weight");
     if (b.has_projection) check_pack(kernels, b, b.projection, "projection");
-    Chain& chain = chains.emplace_back(kernels, b);
+    Chain& chain = p.chains.emplace_back(kernels, b);
     if (b.n == 0 || chain.final_h <= 0 || chain.final_w <= 0) return;
-    chain.fit(choose_schedule(chain, parallel.threads));
+    chain.fit(choose_schedule(chain, threads));
   }
-  for (size_t i = 0; i + 1 < chains.size(); ++i) chains[i].next = &chains[i + 1];
-  for (size_t i = 0, end; i < chains.size(); i = end) {
-    end = i + 1;
-    if (chains[i].plan.split_channels) {
-      Unit(chains[i], 0, chains[i].block.n, 0, chains[i].out_h).run_split(parallel);
+  Chain* const begin = p.chains.data();
+  Chain* const end = begin + p.chains.size();
+  for (Chain* c = begin; c + 1 < end; ++c) c->next = c + 1;
+  for (Chain *c = begin, *after; c < end; c = after) {
+    after = c + 1;
+    if (c->plan.split_channels) {
+      p.parts.push_back({c, nullptr});
       continue;
     }
-    while (end < chains.size() && !chains[end].plan.split_channels) ++end;
-    Region(&chains[i], &chains[i] + (end - i)).run(parallel);
+    while (after < end && !after->plan.split_channels) ++after;
+    p.parts.push_back({nullptr, std::make_unique<Region>(c, after, threads)});
   }
+}
+
+Sequence::~Sequence() = default;
+
+void Sequence::bind(size_t i, const void* x, const void* residual, void* out) {
+  Block& b = prepared_->blocks[i];
+  b.x = x;
+  b.residual = residual;
+  b.out = out;
+}
+
+void Sequence::run(const Parallel& parallel) {
+  for (Prepared::Part& part : prepared_->parts) {
+    if (part.split)
+      Unit(*part.split, 0, part.split->block.n, 0, part.split->out_h).run_split(parallel);
+    else
+      part.region->run(parallel);
+  }
+}
+
+void run_block(const Kernels& kernels, const Block& block, const Parallel& parallel) {
+  Sequence(kernels, {block}, parallel.threads).run(parallel);
 }
 
 }  // namespace resnet_fused::cpu

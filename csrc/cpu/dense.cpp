@@ -26,8 +26,7 @@ Block dense_layer(const DenseShape& s, int i, void* buffer) {
   return b;
 }
 
-void run_dense_block(const Kernels& kernels, const DenseShape& s, const void* x, Pitch x_pitch, void* buffer,
-                     const std::vector<Block>& layers, const Parallel& parallel) {
+void copy_into_buffer(const DenseShape& s, const void* x, Pitch x_pitch, void* buffer, const Parallel& parallel) {
   const int64_t element = element_size(s.dtype), from_pitch = (x_pitch ? x_pitch : s.c) * element,
                 to_pitch = s.channels(s.count) * element;
   auto copy = [&](int64_t begin, int64_t end) {
@@ -37,7 +36,12 @@ void run_dense_block(const Kernels& kernels, const DenseShape& s, const void* x,
   };
   parallel.run(
       int64_t{s.n} * s.h * s.w, [](int64_t a, int64_t b, void* f) { (*static_cast<decltype(copy)*>(f))(a, b); }, &copy);
-  run_sequence(kernels, layers, parallel);
+}
+
+void run_dense_block(const Kernels& kernels, const DenseShape& s, const void* x, Pitch x_pitch, void* buffer,
+                     const std::vector<Block>& layers, const Parallel& parallel) {
+  copy_into_buffer(s, x, x_pitch, buffer, parallel);
+  Sequence(kernels, layers, parallel.threads).run(parallel);
 }
 
 }  // namespace resnet_fused::cpu

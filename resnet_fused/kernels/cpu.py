@@ -40,7 +40,8 @@ for _schema in (
     "_cpu_head(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "_cpu_record(Tensor x) -> ()",
     "_cpu_recorded(Tensor y) -> Tensor",
-    "_cpu_replay(Tensor x, Tensor[] recordings) -> Tensor",
+    "_cpu_link(Tensor[] recordings) -> Tensor",
+    "_cpu_replay(Tensor x, Tensor linked) -> Tensor",
     "_watch(Tensor[] tensors) -> Tensor",
     "_unchanged(Tensor watched) -> bool",
 ):

@@ -10,12 +10,11 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from ..fusion import Fusion, Settings
-from ..mixins import original_class
+from ..fusion import Fusion, Settings, original_class
 from ..route import Place
 from .blocks import single_layer
 from .layers import Model, Refused, activation, check_inside, is_norm, make_layer, places_within
@@ -111,10 +110,24 @@ def traced_runs(owner: nn.Module, model: Model) -> Iterator[tuple[list[nn.Module
             yield modules, places
 
 
-def traced_modules(owner: nn.Module, model: Model) -> Iterator[list[tuple[nn.Module, list[Place]]]]:
+class Called(NamedTuple):
+    """A module that a forward calls.
+
+    Attributes:
+        module: the module.
+        places: where it is looked up on the way from the owner of the forward to it.
+        node: the call.
+    """
+
+    module: nn.Module
+    places: list[Place]
+    node: fx.Node
+
+
+def traced_modules(owner: nn.Module, model: Model) -> Iterator[list[Called]]:
     """Modules that `owner`'s forward calls one after another, each once and for nothing else than the next one's input.
 
-    Each with where it is looked up on the way from the owner to it. The last one's output may go anywhere.
+    The last one's output may go anywhere.
 
     Raises:
         Refused: torch.fx cannot trace the forward.
@@ -139,7 +152,7 @@ def traced_modules(owner: nn.Module, model: Model) -> Iterator[list[tuple[nn.Mod
         run = [first]
         while len(run[-1].users) == 1 and alone(node := next(iter(run[-1].users))) and follows(node):
             run.append(node)
-        yield [(owner.get_submodule(str(node.target)), places(str(node.target))) for node in run]
+        yield [Called(owner.get_submodule(str(node.target)), places(str(node.target)), node) for node in run]
 
 
 def place_of(owner: nn.Module, path: str) -> Place:

@@ -15,8 +15,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from ..fusion import unfused
-from ..mixins import Fused, original_class
+from ..fusion import original_class, unfused
+from ..mixins import Fused
 from .layers import Refused, activation, is_norm
 
 FUNCTIONS: frozenset[Any] = frozenset(

@@ -17,9 +17,8 @@ from torch import fx, nn
 from torch.nn import functional
 
 from ..folding import Layer
-from ..fusion import Settings
+from ..fusion import Settings, original_class
 from ..graph import GraphFusion, Step, Value
-from ..mixins import original_class
 from .blocks import Parts
 from .layers import (
     Model,

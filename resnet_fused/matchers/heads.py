@@ -13,8 +13,7 @@ from torch import Tensor, fx, nn
 from torch import flatten as flatten_function
 
 from ..folding import Layer
-from ..fusion import HeadFusion, Settings
-from ..mixins import original_class
+from ..fusion import HeadFusion, Settings, original_class
 from .chains import is_free, place_of
 from .graphs import calls, module_of, only_user
 from .layers import Model, Refused, check_tensors, check_weight, is_norm, is_nothing

@@ -13,8 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from ..folding import Layer
-from ..fusion import OWN_HOOKS, hook_stores
-from ..mixins import original_class
+from ..fusion import OWN_HOOKS, hook_stores, original_class
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..fusion import Fusion, unfused
+from ..fusion import Fusion, original_class, unfused
 from ..graph import GraphFusion
-from ..mixins import FUSED_ATTRIBUTES, original_class
+from ..mixins import FUSED_ATTRIBUTES
 from .forwards import check_forward
 from .layers import Refused, is_norm, pair
 

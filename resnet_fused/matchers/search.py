@@ -7,19 +7,19 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
-from ..fusion import Fusion, Settings
-from ..mixins import Fused, Skipped, original_class
-from ..route import Place
+from ..fusion import Fusion, HeadFusion, Settings, original_class
+from ..mixins import Fused, Skipped
+from ..route import Candidate, Place
 from ..stages import FusedSequential, FusedStage, is_stage
 from .blocks import match_block
 from .chains import last_of_sequential, match_chain, sequential_runs, traced_modules, traced_runs
-from .graphs import match_graph
-from .heads import match_heads
+from .graphs import match_graph, module_of, only_user
+from .heads import is_flatten, match_heads
 from .layers import Model, Refused, is_norm, is_nothing
 from .probe import Prober
-from .straight import is_straight
+from .straight import straight_methods
 
 IMAGE_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -40,7 +40,7 @@ class Search:
     def __init__(self, root: nn.Module, settings: Settings) -> None:
         self.changes: dict[nn.Module, tuple[type[Fused], dict[str, Any]]] = {}
         self.owners: list[nn.Module] = []
-        self.routes: list[tuple[nn.Module, list[nn.Module], list[list[Place]]]] = []
+        self.routes: list[Candidate] = []
         self._settings = settings
         self._model = Model(root)
         self._prober = Prober()
@@ -190,7 +190,8 @@ class Search:
                 self.changes[module] = (FusedStage, {})
 
     def _routes(self, owner: nn.Module) -> None:
-        if owner in self.changes or not is_straight(owner):
+        methods = None if owner in self.changes else straight_methods(owner)
+        if methods is None:
             return
         try:
             runs = list(traced_modules(owner, self._model))
@@ -198,15 +199,44 @@ class Search:
             return
         for run in runs:
             passed = [
-                (module in self.changes or is_nothing(module)) and self._model.places[id(module)] == 1
-                for module, _ in run
+                (called.module in self.changes or is_nothing(called.module))
+                and self._model.places[id(called.module)] == 1
+                for called in run
             ]
             for wanted, group in groupby(zip(run, passed, strict=True), key=lambda item: item[1]):
                 members = [item[0] for item in group]
-                while members and members[0][0] not in self.changes:  # nothing to run the others
+                while members and members[0].module not in self.changes:  # nothing to run the others
                     del members[0]
                 if wanted and len(members) > 1:
-                    self.routes.append((owner, [m for m, _ in members], [places for _, places in members]))
+                    modules, places, nodes = zip(*members, strict=True)
+                    self.routes.append(Candidate(owner, modules, places, methods, self._ending(owner, nodes)))
+
+    def _ending(self, owner: nn.Module, nodes: Sequence[fx.Node]) -> str | None:
+        """What `owner`'s forward makes of the last node, if it does nothing else; see `Candidate`."""
+        head = self._head(nodes[-1], owner)
+
+        def is_heads(node: fx.Node) -> bool:
+            module = module_of(owner, node)
+            known = module in head.steps or (module in head.watched.modules and is_nothing(module))  # type: ignore
+            return is_flatten(owner, node) or known
+
+        rest = [only_user(nodes[-1])]
+        while rest[-1] is not None and rest[-1].op != "output":
+            if head is None or not is_heads(rest[-1]):
+                return None
+            rest.append(only_user(rest[-1]))
+        inputs = [node for node in nodes[0].graph.nodes if node.op == "placeholder"]
+        alone = len(inputs) == 1 and nodes[0].args == (inputs[0],) and not nodes[0].kwargs
+        if not alone or rest[-1] is None or len(nodes[0].graph.nodes) != len(inputs) + len(nodes) + len(rest):
+            return None
+        if rest[-1].args != (rest[-2] if len(rest) > 1 else nodes[-1],):
+            return None  # a tuple, or a dictionary
+        return "output" if head is None else "flattened"
+
+    def _head(self, node: fx.Node, owner: nn.Module) -> HeadFusion | None:
+        """What the module that a node calls runs as, if that is the end of a classifier."""
+        fusion = self.changes.get(module_of(owner, node), (Fused, {}))[1].get("_fused_op")  # type: ignore[arg-type]
+        return fusion if isinstance(fusion, HeadFusion) else None
 
     def _refuse(self, modules: Iterable[nn.Module], error: Refused) -> None:
         self._refused |= {m: str(error) for m in modules if isinstance(m, nn.Conv2d)}

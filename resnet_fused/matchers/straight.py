@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..mixins import original_class
+from ..fusion import original_class
 
 TENSOR_METHODS = ("contiguous", "flatten", "mean", "relu", "reshape", "size", "squeeze", "view")
 
@@ -25,10 +25,20 @@ def is_straight(owner: nn.Module) -> bool:
     It may call the module's children and torch's functions, and methods of its own that are like that, too. An
     nn.Sequential is such a module. Without the source it is none.
     """
-    return original_class(owner).forward is nn.Sequential.forward or _is_straight(owner, "forward")
+    return straight_methods(owner) is not None
 
 
-def _is_straight(owner: nn.Module, name: str) -> bool:
+def straight_methods(owner: nn.Module) -> dict[str, Any] | None:
+    """The methods that a straight forward is made of, itself included; None for any other."""
+    forward = original_class(owner).forward
+    if forward is nn.Sequential.forward:
+        return {"forward": forward}
+    found: dict[str, Any] = {}
+    return found if _is_straight(owner, "forward", found) else None
+
+
+def _is_straight(owner: nn.Module, name: str, found: dict[str, Any]) -> bool:
+    """Whether a method is, with those that it calls; `found` gets them."""
     function: Any = getattr(original_class(owner), name, None)
     if name in owner.__dict__ or not inspect.isfunction(function) or hasattr(function, "__wrapped__"):
         return False
@@ -41,6 +51,7 @@ def _is_straight(owner: nn.Module, name: str) -> bool:
     names = definition.args
     if names.vararg or names.kwarg or names.kwonlyargs or names.defaults:
         return False
+    found[name] = function
     me = names.args[0].arg
     local = {argument.arg for argument in names.args[1:]}
 
@@ -58,7 +69,9 @@ def _is_straight(owner: nn.Module, name: str) -> bool:
                 and value(function_node.value)
             )
         if root.id == me:
-            return _is_child(owner, path) or (len(path) == 1 and path[0] != name and _is_straight(owner, path[0]))
+            return _is_child(owner, path) or (
+                len(path) == 1 and (path[0] in found or _is_straight(owner, path[0], found))
+            )
         return _is_torchs(function, [root.id, *path])
 
     def value(node: ast.expr) -> bool:

@@ -8,8 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import fx, nn
 
-from ..fusion import unfused
-from ..mixins import original_class
+from ..fusion import original_class, unfused
 from .layers import Model, Refused
 
 
