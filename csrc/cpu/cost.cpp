@@ -13,7 +13,6 @@ struct Rates {
   double f32, bf16;
 };
 constexpr Rates kRates[kIsaCount] = {{13e9, 13e9}, {55e9, 55e9}, {110e9, 110e9}, {110e9, 220e9}, {110e9, 900e9}};
-constexpr double kInCache = 30e9;  // bytes/s of Winograd's transforms, through L2
 constexpr double kPrologue = 8e9;  // elements/s of a prologue
 constexpr double kLaunch = 4e-6;   // of one parallel region
 // Of one op of torch, dispatched from Python: 20 us when all of that is in the caches, 50 to 100 after a kernel that
@@ -24,6 +23,9 @@ constexpr double kOwnEfficiency = 0.88, kVendorEfficiency = 0.85;  // share of t
 // kWinogradRows, with new weights after each few of them.
 constexpr double kWinogradEfficiency = 0.8;
 constexpr int64_t kWinogradRows = 6;
+// A tile of products takes some more steps' time to begin and end, 2 of the 8 of 16 channels in bfloat16.
+constexpr double kWinogradSteps = 2;
+constexpr double kTransform4 = 1.2;  // F(4x4)'s take more operations for what they move than F(2x2)'s
 constexpr double kVendorAmx = 0.6;  // basic blocks of 16 to 128 channels take oneDNN 1.5 to 2.4 times as long as ours
 
 double rate(Isa isa, bool bf16) {
@@ -70,9 +72,11 @@ double layer_seconds(const Kernels& kernels, DType dtype, const Layer& layer, in
   if (m) {
     const double tiles = static_cast<double>(n) * padded(out_h, m) / m * (padded(out_w, m) / m);
     const double products =
-        2.0 * padded(static_cast<int64_t>(tiles), kWinogradRows) * (m + 2) * (m + 2) * s.c * columns;
-    const double moved = tiles * (m + 2) * (m + 2) * 2 * ((pack.bf16 ? 2 : 4) * s.c + 4 * columns);
-    return products / (rate(kernels.isa, pack.bf16) * kWinogradEfficiency) + moved / kInCache;
+        2.0 * padded(static_cast<int64_t>(tiles), kWinogradRows) * (m + 2) * (m + 2) * columns *
+        (s.c + kWinogradSteps * (pack.bf16 ? 2 : 1));
+    const double moved =
+        tiles * (m + 2) * (m + 2) * 2 * ((pack.bf16 ? 2 : 4) * s.c + 4 * columns) * (m == 4 ? kTransform4 : 1);
+    return products / (rate(kernels.isa, pack.bf16) * kWinogradEfficiency) + moved / memory_rates().own_cache;
   }
   const double words = static_cast<double>(pack.words) * pack.taps * (pack.bf16 ? 2 : 1);
   const double pixels = static_cast<double>(n) * out_h * out_w;
@@ -109,7 +113,7 @@ Cost block_cost(const Kernels& kernels, const Block& b, int threads) {
     seconds += layer_seconds(kernels, b.dtype, b.projection, b.n, g.h[l], g.w[l]);
   }
   c.bytes = g.in_bytes + g.out_bytes + (b.residual && b.residual != b.x ? g.out_bytes : 0);
-  seconds += c.bytes / (b.reread ? kInCache : memory_rates().memory);
+  seconds += c.bytes / (b.reread ? memory_rates().own_cache : memory_rates().memory);
   const int64_t units = p.split_channels ? threads : (b.n + p.images - 1) / p.images * p.bands;
   int64_t weights =
       b.has_projection ? pack_shape(kernels, b.projection.shape, b.dtype, b.projection.algorithm).bytes : 0;
@@ -230,7 +234,8 @@ Cost vendor_head_cost(const Head& head, int threads) {
   const double x =
       static_cast<double>(head.n) * head.c * head.h * head.w * static_cast<double>(element_size(head.dtype));
   cost.bytes += x;
-  cost.seconds += 2 * kVendorCall + x / memory_rates().memory / threads;  // the mean in float32, and that as x's dtype
+  // The mean in float32, and that as x's dtype; torch's mean over channels_last pixels takes four times its traffic.
+  cost.seconds += 2 * kVendorCall + 4 * x / memory_rates().memory / threads;
   cost.note = "one kernel a layer";
   return cost;
 }

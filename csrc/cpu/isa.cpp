@@ -139,8 +139,8 @@ double wide_tile_cost() {
 }
 
 MemoryRates memory_rates() {
-  // Sapphire Rapids, two busy threads; Zen 4: 18 to 22 and 99 GB/s, one thread.
-  return is_intel() ? MemoryRates{8e9, 20e9} : MemoryRates{16e9, 80e9};
+  // Sapphire Rapids, two busy threads; Zen 4: 18 to 22, 99 and 105 GB/s, one thread. The last: half of what L2 gives.
+  return is_intel() ? MemoryRates{8e9, 20e9, 30e9} : MemoryRates{16e9, 80e9, 60e9};
 }
 
 void select_isa(Isa isa) { selected.store(&kernels_of(isa), std::memory_order_release); }

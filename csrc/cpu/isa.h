@@ -18,9 +18,9 @@ RF_EXPORT void select_isa(Isa isa);
 // Time of the wide tile per row and column, relative to the tall one's.
 double wide_tile_cost();
 
-// Bytes/s of one thread out of memory and out of L3, for the cost model.
+// Bytes/s of one thread, for the cost model: out of memory, out of L3, and of what is written and read again in L2.
 struct MemoryRates {
-  double memory, shared_cache;
+  double memory, shared_cache, own_cache;
 };
 MemoryRates memory_rates();
 
