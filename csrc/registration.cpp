@@ -485,7 +485,8 @@ Tensor cpu_link(Tensors recordings) {
   }
   const Tensor first = recordings[0];
   return owner_of(
-      std::unique_ptr<Linked>(new Linked{Linked::kMagic, std::move(recordings), cpu::Program(std::move(steps))}), first);
+      std::unique_ptr<Linked>(new Linked{Linked::kMagic, std::move(recordings), cpu::Program(std::move(steps))}),
+      first);
 }
 
 Tensor cpu_replay(const Tensor& x, const Tensor& linked) {

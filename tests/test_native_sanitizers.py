@@ -1,4 +1,4 @@
-"""The CPU kernels as a plain executable (tests/native), as shipped and under AddressSanitizer and UBSan."""
+"""The CPU kernels as a plain executable (tests/native), as shipped and under sanitizers."""
 
 from __future__ import annotations
 
@@ -56,6 +56,16 @@ def test_sanitized(name: str, request: pytest.FixtureRequest) -> None:
     cases = "20" if request.config.getoption("--thorough") else "4"
     # Fresh memory is filled with NaN, so that workspaces start out as such in every thread.
     run(tree, "--cases", cases, name, ASAN_OPTIONS="max_malloc_fill_size=1000000000:malloc_fill_byte=255")
+
+
+def test_threads_sanitized() -> None:
+    tree = build(
+        "threads",
+        "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
+        "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1",
+        "-DRESNET_FUSED_SANITIZE=thread",
+    )
+    run(tree, "--no-blocks", TSAN_OPTIONS="halt_on_error=1")
 
 
 @pytest.mark.parametrize("name", ISAS)

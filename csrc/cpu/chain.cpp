@@ -1150,8 +1150,8 @@ void check_pack(const Kernels& kernels, const Block& b, const Layer& layer, cons
 // Chains in one parallel region. A unit is a band of a group of images, or the group through all of a few chains whose
 // weights stay in L2 together. Each thread takes the units of its own share of the pixels first, which it computed and
 // has in its caches, then those that others have not begun: one that the system holds up delays nobody by more. A unit
-// waits until what it reads is written; a thread goes on to the next chains when all units of those before are taken, so
-// those that it waits for are being computed by threads that run, however few there are.
+// waits until what it reads is written; a thread goes on to the next chains when all units of those before are taken,
+// so those that it waits for are being computed by threads that run, however few there are.
 class Region {
  public:
   Region(Chain* first, Chain* last, int threads) {

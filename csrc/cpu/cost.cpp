@@ -26,7 +26,7 @@ constexpr int64_t kWinogradRows = 6;
 // A tile of products takes some more steps' time to begin and end, 2 of the 8 of 16 channels in bfloat16.
 constexpr double kWinogradSteps = 2;
 constexpr double kTransform4 = 1.2;  // F(4x4)'s take more operations for what they move than F(2x2)'s
-constexpr double kVendorAmx = 0.6;  // basic blocks of 16 to 128 channels take oneDNN 1.5 to 2.4 times as long as ours
+constexpr double kVendorAmx = 0.6;   // basic blocks of 16 to 128 channels take oneDNN 1.5 to 2.4 times as long as ours
 
 double rate(Isa isa, bool bf16) {
   return bf16 ? kRates[static_cast<int>(isa)].bf16 : kRates[static_cast<int>(isa)].f32;
@@ -71,9 +71,8 @@ double layer_seconds(const Kernels& kernels, DType dtype, const Layer& layer, in
   const int m = winograd_m(layer.algorithm);
   if (m) {
     const double tiles = static_cast<double>(n) * padded(out_h, m) / m * (padded(out_w, m) / m);
-    const double products =
-        2.0 * padded(static_cast<int64_t>(tiles), kWinogradRows) * (m + 2) * (m + 2) * columns *
-        (s.c + kWinogradSteps * (pack.bf16 ? 2 : 1));
+    const double products = 2.0 * padded(static_cast<int64_t>(tiles), kWinogradRows) * (m + 2) * (m + 2) * columns *
+                            (s.c + kWinogradSteps * (pack.bf16 ? 2 : 1));
     const double moved =
         tiles * (m + 2) * (m + 2) * 2 * ((pack.bf16 ? 2 : 4) * s.c + 4 * columns) * (m == 4 ? kTransform4 : 1);
     return products / (rate(kernels.isa, pack.bf16) * kWinogradEfficiency) + moved / memory_rates().own_cache;

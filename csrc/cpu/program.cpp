@@ -25,7 +25,7 @@ bool is_block(const Step& s) { return s.layers.empty() && !s.head.weight; }
 // The steps in groups that run as one, for one run at a time.
 struct Program::Prepared {
   struct Group {
-    int begin, end;  // of the steps
+    int begin, end;                    // of the steps
     std::unique_ptr<Sequence> blocks;  // null: a head
   };
   const Kernels* kernels;

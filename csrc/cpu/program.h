@@ -12,9 +12,9 @@ namespace resnet_fused::cpu {
 struct Step {
   static constexpr int kInput = -1;
 
-  Block block;                     // or the x and the output of one of those below
-  int64_t c = 0;                   // channels of x
-  std::array<int64_t, 4> out{};    // NCHW
+  Block block;                        // or the x and the output of one of those below
+  int64_t c = 0;                      // channels of x
+  std::array<int64_t, 4> out{};       // NCHW
   int x = kInput, residual = kInput;  // the step whose output that is; kInput: the program's x
   DenseShape dense{};
   std::vector<Block> layers{};  // of a dense block

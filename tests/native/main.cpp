@@ -1,6 +1,6 @@
 // Tests of the CPU kernels without torch and Python, so that sanitizers can watch them.
 //
-//   native_tests [--seed N] [--cases N] [ISA...]
+//   native_tests [--seed N] [--cases N] [--no-blocks] [ISA...]
 //
 // Every block runs on every instruction set of this machine with every algorithm that takes it. Inputs lie between
 // guard pages or in exactly sized heap blocks; outputs and workspaces are filled with NaN before the run that counts.
@@ -16,6 +16,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/memory.h"
+#include "cpu/program.h"
 #include "guarded.h"
 #include "reference.h"
 
@@ -739,11 +740,76 @@ std::string describe(const Case& c) {
   return text + (c.residual ? " residual" : "") + (c.relu ? "" : " no-relu");
 }
 
+// Four blocks as one program, the third of which adds what the first gave: prepared once, run again on other images,
+// from two threads at once. The same bits as block by block.
+std::string check_program() {
+  const std::string selected = kernels().name;
+  std::string error;
+  for (int isa = 0; isa < kIsaCount && error.empty(); ++isa) {
+    if (!isa_runs(static_cast<Isa>(isa))) continue;
+    select_isa(static_cast<Isa>(isa));
+    // Whole images through all blocks; bands of one; channels shared.
+    for (const Case& c : {basic_block(4, 9, 8, 16, 16, 1, 1), basic_block(1, 24, 7, 32, 32, 1, 1),
+                          bottleneck(1, 5, 5, 64, 16, 64, 1, 1, 1)}) {
+      const BlockProblem problem(c, DType::kF32, Values::kReal, 7);
+      Block block;
+      block.n = c.n;
+      block.h = c.h;
+      block.w = c.w;
+      std::vector<PackedLayer> packed;
+      block.layer_count = static_cast<int>(c.layers.size());
+      for (size_t l = 0; l < c.layers.size(); ++l)
+        packed.push_back(packed_layer(kernels(), problem.layers[l], problem.dtype, Placement::kHeap, block.layers[l]));
+      const auto image = [&] { return Image(problem.expected, 0, problem.dtype, 64, Placement::kHeap); };
+      const int sources[][2] = {{Step::kInput, Step::kInput}, {0, 0}, {1, 0}, {2, 2}};
+      std::vector<Step> steps;
+      for (const auto& [x, residual] : sources) {
+        Step& step = steps.emplace_back();
+        step.block = block;
+        step.block.x = step.block.residual = &block;  // not read: each run has its own
+        step.c = problem.x.c;
+        step.out = {c.n, problem.x.c, c.h, c.w};
+        step.x = x;
+        step.residual = residual;
+      }
+      const Program program(std::move(steps));
+      auto run_twice = [&](unsigned seed, std::string& what) {
+        for (unsigned i = 0; i < 2; ++i) {
+          const BlockProblem other(c, DType::kF32, Values::kReal, seed + i);
+          const Image x = input(other.x, 0, DType::kF32, Placement::kHeap);
+          std::vector<Image> one_by_one;
+          auto source = [&](int s) { return s == Step::kInput ? x.data() : one_by_one[static_cast<size_t>(s)].data(); };
+          for (const auto& [from, residual] : sources) {
+            Block b = block;
+            b.x = source(from);
+            b.residual = source(residual);
+            b.out = one_by_one.emplace_back(image()).data();
+            run_block(kernels(), b, kThreaded);
+          }
+          const Image out = image();
+          program.run(x.data(), out.data(), kThreaded);
+          if (std::memcmp(out.data(), one_by_one.back().data(), out.memory.bytes()))
+            what = "differs from block by block";
+        }
+      };
+      std::string beside;
+      std::thread other([&] { run_twice(20, beside); });
+      run_twice(10, error);
+      other.join();
+      if (error.empty()) error = beside;
+      if (!error.empty()) error = std::string(kernels().name) + ", " + describe(c) + ": " + error;
+    }
+  }
+  select_isa(isa_named(selected));
+  return error;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   unsigned seed = 0;
   int case_count = 60;
+  bool blocks = true;
   std::vector<std::string> wanted;
   for (int i = 1; i < argc; ++i) {
     const std::string arg = argv[i];
@@ -751,6 +817,8 @@ int main(int argc, char** argv) {
       seed = static_cast<unsigned>(std::stoul(argv[++i]));
     else if (arg == "--cases" && i + 1 < argc)
       case_count = std::stoi(argv[++i]);
+    else if (arg == "--no-blocks")  // only what several threads share: the pool, the workspaces, a program
+      blocks = false;
     else
       wanted.push_back(arg);
   }
@@ -761,12 +829,17 @@ int main(int argc, char** argv) {
   for (int i = 0; i < case_count; ++i) cases.push_back(random_case(random));
 
   int failures = 0;
-  for (auto [name, check] : {std::pair{"pool", check_pool}, std::pair{"workspace", check_workspace}}) {
+  for (auto [name, check] :
+       {std::pair{"pool", check_pool}, std::pair{"workspace", check_workspace}, std::pair{"program", check_program}}) {
     std::snprintf(current, sizeof current, "%s", name);
     if (const std::string error = check(); !error.empty()) {
       std::printf("FAILED %s: %s\n", name, error.c_str());
       ++failures;
     }
+  }
+  if (!blocks) {
+    std::printf("%d failed\n", failures);
+    return failures ? 1 : 0;
   }
   std::vector<int> passed(kIsaCount);
   // One problem on every instruction set and with every algorithm. `index` decides how buffers are placed.
