@@ -290,6 +290,8 @@ def setup(cases: Sequence[Case]) -> Figure | None:
         _note(axes, f"{' to '.join(ends)} s", (seconds[-1], y), 8)
     axes.set_xscale("log")
     axes.margins(x=0.15)
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right * 2)  # the last label, beside the slowest
     _rows(axes, names)
     _plain(axes.xaxis)
     axes.grid(True, axis="x")

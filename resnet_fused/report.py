@@ -169,6 +169,10 @@ def blocks_table(result: Result, dtype: str) -> Table:
 
 
 def _holds(result: Result) -> str:
+    if result["interrupted"] and not any(
+        row.get("kind") == "fused" and row["error"] is not None for row in result["rows"]
+    ):
+        return "was not checked yet"
     return "holds" if result["parity"]["ok"] else "DOES NOT HOLD"
 
 

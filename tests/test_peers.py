@@ -263,18 +263,23 @@ def test_every_distinct_block_has_its_rows(quick, monkeypatch):
     json.dumps(result)
 
 
-def test_blocks_interrupted_or_wrong(quick, monkeypatch):
+@pytest.mark.parametrize("wrong", [False, True])
+def test_blocks_interrupted_or_wrong(quick, monkeypatch, wrong):
     def run(job, on_progress, only, limit):
         asked.append(job.model)
-        changed = {"parity": {"ok": len(asked) != 2, "reports": []}, "interrupted": len(asked) == 3}
+        result = report_samples.with_peers(job.model)
+        for row in result["rows"]:
+            if row["kind"] == "fused":
+                row |= {"error": {2: 2.0 if wrong else 0.0, 3: None}.get(len(asked), 0.0), "limit": 1.0}
+        changed = {"interrupted": len(asked) == 3}
         changed["clocks"] = {moment: {"cores_mhz": [f"{moment} {len(asked)}"]} for moment in ("before", "after")}
-        return report_samples.with_peers(job.model) | changed
+        return result | changed
 
     asked = []
     monkeypatch.setattr(race, "run", run)
     result = peers.run_blocks(JOB)
     assert asked == [f"resnet20_cifar/{name}" for name in ("conv1..relu", "layer1.0", "layer2.0")]
-    assert result["interrupted"] and not result["parity"]["ok"]
+    assert result["interrupted"] and result["parity"]["ok"] != wrong, "what was not reached counts neither way"
     assert result["clocks"] == {"before": {"cores_mhz": ["before 1"]}, "after": {"cores_mhz": ["after 3"]}}
     assert len(result["rows"]) == 3 * len(report_samples.with_peers()["rows"]), "what was measured is kept"
     with pytest.raises(InputError, match=r"model must be a whole one, .* got 'resnet20_cifar/layer1.0'"):
