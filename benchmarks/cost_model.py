@@ -16,6 +16,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -33,6 +35,7 @@ from resnet_fused.shapes import Shape
 MODELS = {"resnet18": 224, "resnet50": 224, "densenet121": 224, "resnet56_cifar": 32}
 """The models by default, and the size of their images."""
 CPU = torch.device("cpu")
+LEAST_ROUNDS, MOST_ROUNDS = 5, 101
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,25 @@ class Row:
         count: how often the model has it.
         chosen: by the plan.
         predicted: milliseconds by candidate.
-        measured: milliseconds by candidate, the median.
+        samples: milliseconds by candidate, of every turn.
     """
 
     shape: str
     count: int
     chosen: str
     predicted: dict[str, float]
-    measured: dict[str, float]
+    samples: dict[str, list[float]]
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """The median milliseconds by candidate."""
+        return {name: median(each) for name, each in self.samples.items()}
 
     @property
     def best(self) -> str:
         """The fastest candidate."""
-        return min(self.measured, key=self.measured.__getitem__)
+        measured = self.measured
+        return min(measured, key=measured.__getitem__)
 
     @property
     def regret(self) -> float:
@@ -85,26 +94,28 @@ def candidates(shape: Shape, dtype: torch.dtype, accuracy: str) -> tuple[plan.Ch
     for name, _ in choice.seconds:
         backend, algorithm = name.split(" ")
         if backend == "vendor":
-            calls[name] = lambda: call.run("vendor")
+            calls[name] = partial(call.run, "vendor")
         elif algorithm != "layers":
-            calls[name] = lambda algorithm=algorithm: call.run_kernel(cpu, algorithm)
+            calls[name] = partial(call.run_kernel, cpu, algorithm)
     return choice, calls
 
 
-def interleave(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """The median milliseconds of each, run in rounds of changing order until `seconds` have passed."""
+def interleave(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each, run in rounds of changing order until `seconds` have passed, MOST_ROUNDS at most."""
     order, turns = list(calls.items()), random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(samples.values()))) < 5:
+    for rounds in range(MOST_ROUNDS):
+        if rounds >= LEAST_ROUNDS and time.perf_counter() > end:
+            break
         turns.shuffle(order)  # what comes after oneDNN finds other things in the caches
         for name, call in order:
             begin = time.perf_counter()
             call()
-            samples[name].append((time.perf_counter() - begin) * 1e3)
-    return {name: median(each) for name, each in samples.items()}
+            samples[name].append(round((time.perf_counter() - begin) * 1e3, 4))
+    return samples
 
 
 def measure(name: str, batch: int, dtype: torch.dtype, accuracy: str, seconds: float) -> list[Row]:
@@ -176,7 +187,18 @@ def main() -> int:
         )
     console.print(table)
     if options.json:
-        options.json.write_text(json.dumps({**environment.describe(), "cases": cases}, indent=1) + "\n")
+        isa, _ = environment.instruction_sets()
+        conditions = {
+            "kind": "cost_model",
+            "device_name": environment.device_name("cpu"),
+            "isa": isa,
+            "threads": torch.get_num_threads(),
+            "versions": environment.versions(),
+            "commit": environment.commit(),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "clocks": environment.clocks("cpu"),
+        }
+        options.json.write_text(json.dumps(conditions | {"cases": cases}) + "\n")
     return 0
 
 
