@@ -7,7 +7,7 @@ import warnings
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from .errors import InputError
 from .fusion import OWN_HOOKS, Fusion, Settings, enter, leave, original_class, restore_format
@@ -158,10 +158,13 @@ def apply(found: Search, model: nn.Module) -> None:
 
 
 def whole_class(owner: nn.Module) -> type[nn.Module] | None:
-    """The class of a module whose forward may run as one call; None: its own allows no subclass, or fuses itself."""
+    """The class of a module whose forward may run as one call; None: its own allows no subclass, or fuses itself.
+
+    A GraphModule makes its class anew with every change and copy of its graph.
+    """
     cls = original_class(owner)
     try:
-        return None if issubclass(cls, Fused) else fused_class(Whole, cls)  # type: ignore[arg-type]
+        return None if issubclass(cls, (Fused, fx.GraphModule)) else fused_class(Whole, cls)  # type: ignore[arg-type]
     except Exception:  # what its own __init_subclass__ may raise
         return None
 
@@ -175,7 +178,7 @@ def restore(model: nn.Module) -> None:
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)
         module.__dict__.pop("_unfused_reasons", None)
-        if isinstance(module, Fused):
+        if isinstance(module, (Fused, Whole)):
             for name in FUSED_ATTRIBUTES:
                 module.__dict__.pop(name, None)
             module.__class__ = original_class(module)  # type: ignore[assignment]

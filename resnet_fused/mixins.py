@@ -92,17 +92,13 @@ class Skipped(Fused):
         return x if fusion.why_unfused(x) is None else None
 
 
-class Whole(Fused):
-    """Runs its whole forward as one call where that is a route (see route.py), the original one otherwise."""
+class Whole:
+    """Runs its whole forward as one call where that is a route (see route.py), the original one otherwise.
+
+    It has no fusion of its own. It may be a whole model, with methods and children of any name: it adds none to them.
+    """
 
     _fused_whole: Route | None = None
-
-    def fusions(self) -> Sequence[Fusion]:
-        """None of its own: its children have theirs."""
-        return ()
-
-    def pieces(self) -> None:
-        """Not of fused ops alone: its forward may do something else behind the last one."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The route's output in eval mode, the original forward otherwise."""
@@ -111,7 +107,7 @@ class Whole(Fused):
             output = route.run_whole(self, args[0])  # type: ignore[arg-type]
             if output is not None:
                 return output
-        return super(Fused, self).forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 def run_fused(fusion: Fusion, x: Any) -> Any:
@@ -131,27 +127,31 @@ def call_module(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 @functools.cache
-def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
+def fused_class(mixin: type[Fused | Whole], original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `original` that `mixin` makes run fused; always the same one for the same two."""
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        # The class is made at run time, so pickle and copy have to make it again: from its two parents.
-        _, _, *state = super(cls, self).__reduce_ex__(protocol)
-        return (_rebuild, (mixin, original), *state)
+        # The class is made at run time, so pickle and copy have to make it again, from its two parents, for what they
+        # make as one of the second.
+        make, args, *state = super(cls, self).__reduce_ex__(protocol)
+        return (_rebuild, (mixin, original, make, *(original if arg is cls else arg for arg in args)), *state)
 
-    body: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": __name__, "__doc__": original.__doc__}
-    body["original_class"] = original
-    if mixin is Whole:  # it may be a whole model, whose arguments people and torch.fx look up
+    body = {"__reduce_ex__": reduce, "__module__": __name__, "__doc__": original.__doc__, "original_class": original}
+    cls: Any = type(f"Fused{original.__name__}", (mixin, original), body)
+    if mixin is Whole:  # it may be a whole model, whose name and arguments people and torch.fx look up
 
         @functools.wraps(original.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             return Whole.forward(self, *args, **kwargs)
 
-        body["forward"] = forward
-    cls: Any = type(f"Fused{original.__name__}", (mixin, original), body)
+        # Not in the body: what the original class does to its subclasses is not for these.
+        cls.forward = forward
+        cls.__name__, cls.__qualname__, cls.__module__ = original.__name__, original.__qualname__, original.__module__
     return cls
 
 
-def _rebuild(mixin: type[Fused], original: type[nn.Module]) -> nn.Module:
-    cls = fused_class(mixin, original)  # type: ignore[arg-type]
-    return cls.__new__(cls)
+def _rebuild(mixin: type[Fused | Whole], original: type[nn.Module], make: Any, *args: Any) -> nn.Module:
+    module: nn.Module = make(*args)
+    if type(module) is original:
+        module.__class__ = fused_class(mixin, original)  # type: ignore[arg-type]
+    return module

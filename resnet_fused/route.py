@@ -91,6 +91,7 @@ class Route:
                 inside += [(module._modules, name) for name in module._modules] if pieces else []
             self.stops[len(self.fusions)] = len(self.members)
         self.reaches_end = len(self.members) == len(members)
+        self.order = list(owner._modules.values()) if self._is_sequential() else []
         stages = [module._modules for module in containers if module._modules]
         self.watched = Watched(
             present=containers,
@@ -106,6 +107,16 @@ class Route:
             weights=[],
             plain=[],
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Functions may have no name by which pickle finds them, and another body where they are read back.
+        return {**self.__dict__, "methods": {name: _body(method) for name, method in self.methods.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        cls = original_class(self.owner)
+        now = {name: getattr(cls, name, _gone) for name in self.methods}
+        self.methods = {name: now[name] if _body(now[name]) == body else _gone for name, body in self.methods.items()}
 
     def entries(self) -> list[tuple[dict[str, Any], str, Any]]:
         """What shows that the members are still this route's and called as they were, as (dictionary, key, value)."""
@@ -124,8 +135,16 @@ class Route:
 
     def has_methods(self) -> bool:
         """Whether the owner's forward is still the one that was read."""
-        cls, own = original_class(self.owner), self.owner.__dict__
-        return all([getattr(cls, name) is method and name not in own for name, method in self.methods.items()])
+        # A subclass that was made of the fused class is another one.
+        cls, own = type(self.owner), self.owner.__dict__
+        cls = cls.__dict__.get("original_class", cls)
+        if not all([getattr(cls, name, None) is method and name not in own for name, method in self.methods.items()]):
+            return False
+        return not self.order or list(self.owner._modules.values()) == self.order
+
+    def _is_sequential(self) -> bool:
+        """Whether the owner's children are what its forward is made of."""
+        return self.methods["forward"] is nn.Sequential.forward
 
     def is_called(self) -> bool:
         """Whether it is the owner's forward that has called the first member, and not a hook or anybody else."""
@@ -160,6 +179,16 @@ class Route:
         if not count:
             return None
         return output.flatten(1) if self.ending == "flattened" else output
+
+
+def _gone() -> None:
+    """Stands for a method that is not what it was."""
+
+
+def _body(method: Any) -> tuple[Any, ...]:
+    """What a function does, to compare with."""
+    code = getattr(method, "__code__", None)
+    return () if code is None else (code.co_code, code.co_consts, code.co_names, code.co_varnames)
 
 
 def through(module: nn.Module, x: Any) -> Any:

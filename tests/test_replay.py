@@ -753,8 +753,9 @@ def test_wrong_arguments_are_refused(fast):
         OPS._cpu_record(x)
         recordings.append(OPS._cpu_recorded(block._fused_op.run(x)))
     OPS._cpu_link(recordings)
-    OPS._cpu_record(good)
-    recordings.append(OPS._cpu_recorded(fast.layer2[1]._fused_op.run(good)))
+    larger = torch.randn(2, 64, 7, 7).to(memory_format=torch.channels_last)
+    OPS._cpu_record(larger)
+    recordings.append(OPS._cpu_recorded(fast.layer2[1]._fused_op.run(larger)))
     with pytest.raises(RuntimeError, match="output of the one before"):
         OPS._cpu_link(recordings)
 

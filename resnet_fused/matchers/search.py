@@ -200,7 +200,7 @@ class Search:
         for run in runs:
             passed = [
                 (called.module in self.changes or is_nothing(called.module))
-                and self._model.places[id(called.module)] == 1
+                and all(self._model.places[id(children[name])] == 1 for children, name in called.places)
                 for called in run
             ]
             for wanted, group in groupby(zip(run, passed, strict=True), key=lambda item: item[1]):

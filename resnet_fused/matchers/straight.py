@@ -55,10 +55,10 @@ def _is_straight(owner: nn.Module, name: str, found: dict[str, Any]) -> bool:
     me = names.args[0].arg
     local = {argument.arg for argument in names.args[1:]}
 
-    def call(function_node: ast.expr) -> bool:
+    def call(node: ast.Call) -> bool:
         """Whether what is called is known."""
         path: list[str] = []
-        root = function_node
+        root = function_node = node.func
         while isinstance(root, ast.Attribute):
             path.insert(0, root.attr)
             root = root.value
@@ -72,14 +72,16 @@ def _is_straight(owner: nn.Module, name: str, found: dict[str, Any]) -> bool:
             return _is_child(owner, path) or (
                 len(path) == 1 and (path[0] in found or _is_straight(owner, path[0], found))
             )
-        return _is_torchs(function, [root.id, *path])
+        # A function of constants, as torch.manual_seed, would run in the trace and not be in it.
+        takes_local = any(isinstance(part, ast.Name) and part.id in local for part in ast.walk(node))
+        return takes_local and _is_torchs(function, [root.id, *path])
 
     def value(node: ast.expr) -> bool:
         """Whether an expression is made of local names, constants and calls that are known."""
         if isinstance(node, ast.Name):
             return node.id in local
         if isinstance(node, ast.Call):
-            return call(node.func) and all(map(value, node.args)) and all(value(k.value) for k in node.keywords)
+            return call(node) and all(map(value, node.args)) and all(value(k.value) for k in node.keywords)
         if isinstance(node, ast.Tuple | ast.List):
             return all(map(value, node.elts))
         return isinstance(node, ast.Constant) or (isinstance(node, ast.UnaryOp) and value(node.operand))

@@ -39,10 +39,12 @@ def optional_spec(t: Tensor | None) -> Spec | None:
 
 
 def check_input(x: Spec) -> None:
-    """The input of every op: rank 4, a floating-point dtype."""
+    """The input of every op: rank 4, at least one pixel, a floating-point dtype."""
     shape, dtype, _ = x
     if len(shape) != 4:
         raise InputError(f"x must have 4 dimensions (N, C, H, W), got {len(shape)}: shape {tuple(shape)}")
+    if 0 in shape[2:]:
+        raise InputError(f"x must have at least one row and one column, got shape {tuple(shape)}")
     if dtype not in FLOATS:
         raise InputError(f"x.dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
 
