@@ -20,7 +20,7 @@ def tensor(*shape, **options):
 CONV, BLOCK, BASIC, STEM = conv_case(padding=1), bottleneck_case(stride=2), basic_block_case(), stem_case()
 BAD = {
     "rank of x": (change(CONV, 0, tensor(8, 7, 6)), "x must have 4 dimensions", "got 3"),
-    "rows of x": (change(CONV, 0, tensor(2, 8, 0, 6)), "x must have at least one row", "got shape (2, 8, 0, 6)"),
+    "pixels of x": (change(CONV, 0, tensor(2, 8, 0, 6)), "x must have at least one pixel", "got an image of 0x6"),
     "dtype of x": (change(CONV, 0, tensor(2, 8, 7, 6, dtype=torch.int64)), "x.dtype", "torch.int64"),
     "channels of x": (change(CONV, 0, tensor(2, 5, 7, 6)), "weight.shape[1]", "5 channels", "8 * 1"),
     "rank of weight": (change(CONV, 1, tensor(12, 8, 3)), "weight must have 4 dimensions", "got 3"),

@@ -7,7 +7,6 @@ torch.fx can trace it without such a branch, to layers, ReLUs, additions, poolin
 from __future__ import annotations
 
 import builtins
-import copy
 import operator
 from typing import Any
 
@@ -15,9 +14,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from ..fusion import original_class, unfused
-from ..mixins import Fused
 from .layers import Refused, activation, is_norm
+from .tracing import graph_of, unfused_copy
 
 FUNCTIONS: frozenset[Any] = frozenset(
     {
@@ -69,14 +67,6 @@ def is_channels(node: Any) -> bool:
     return isinstance(of, fx.Node) and of.op == "placeholder"
 
 
-def unfused_class(block: nn.Module) -> type[nn.Module]:
-    """The class whose forward a block runs unfused: that of a module that fuses itself stands behind the mixin."""
-    cls = original_class(block)
-    if cls.forward is not Fused.forward:
-        return cls
-    return next(base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, Fused))
-
-
 def check_forward(block: nn.Module, channels: int) -> None:
     """Refuse a block, of so many input channels, whose forward may compute something else than what the probe has seen.
 
@@ -84,17 +74,10 @@ def check_forward(block: nn.Module, channels: int) -> None:
         Refused: torch.fx cannot trace it, or it calls something that may act on other inputs only.
     """
     tracer = _Tracer(block, channels)
-    # A shallow copy, so that what the forward sets on itself does not stay: during the trace those are proxies.
-    shadow = copy.copy(block)
-    shadow.__class__ = unfused_class(block)
+    shadow = unfused_copy(block)
     if tracer.is_leaf_module(block, "") or tracer.is_leaf_module(shadow, ""):
         return
-    try:
-        with torch.no_grad(), unfused():
-            graph = tracer.trace(shadow)
-    except Exception as error:
-        message = " ".join(str(error).split())[:100]
-        raise Refused(f"cannot be traced: {message}") from None
+    graph = graph_of(tracer, shadow, "cannot")
     for node in graph.nodes:
         known = METHODS if node.op == "call_method" else FUNCTIONS
         if node.op in ("call_method", "call_function") and node.target not in known:

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from ..fusion import original_class, unfused
+from ..mixins import Fused
 from .layers import Model, Refused
 
 
@@ -21,6 +22,30 @@ class _Tracer(fx.Tracer):
         return m not in self._opened
 
 
+def unfused_copy(owner: nn.Module) -> nn.Module:
+    """A shallow copy of a module, with its own forward: what that sets on itself during a trace are proxies."""
+    cls = original_class(owner)
+    if cls.forward is Fused.forward:  # of a module that fuses itself stands behind the mixin
+        cls = next(base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, Fused))
+    shadow = copy.copy(owner)
+    shadow.__class__ = cls
+    return shadow
+
+
+def graph_of(tracer: fx.Tracer, shadow: nn.Module, cannot: str) -> fx.Graph:
+    """The graph that a tracer makes of an unfused copy.
+
+    Raises:
+        Refused: it cannot; the message begins with `cannot`.
+    """
+    try:
+        with torch.no_grad(), unfused():
+            return tracer.trace(shadow)
+    except Exception as error:
+        message = " ".join(str(error).split())[:100]
+        raise Refused(f"{cannot} be traced: {message}") from None
+
+
 def trace(owner: nn.Module, model: Model, opened: Collection[nn.Module] = ()) -> fx.Graph:
     """The graph of a module's own forward, with its children as single nodes, but for what is in those that are opened.
 
@@ -29,15 +54,7 @@ def trace(owner: nn.Module, model: Model, opened: Collection[nn.Module] = ()) ->
     """
     if not opened and owner in model.graphs:
         return model.graphs[owner]
-    # A shallow copy, so that what the forward sets on itself does not stay: during the trace those are proxies.
-    shadow = copy.copy(owner)
-    shadow.__class__ = original_class(owner)
-    try:
-        with torch.no_grad(), unfused():
-            graph = _Tracer(opened).trace(shadow)
-    except Exception as error:
-        message = " ".join(str(error).split())[:100]
-        raise Refused(f"the forward of {type(shadow).__name__} cannot be traced: {message}") from None
+    graph = graph_of(_Tracer(opened), unfused_copy(owner), f"the forward of {original_class(owner).__name__} cannot")
     if not opened:
         model.graphs[owner] = graph
     return graph

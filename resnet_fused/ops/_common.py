@@ -44,7 +44,7 @@ def check_input(x: Spec) -> None:
     if len(shape) != 4:
         raise InputError(f"x must have 4 dimensions (N, C, H, W), got {len(shape)}: shape {tuple(shape)}")
     if 0 in shape[2:]:
-        raise InputError(f"x must have at least one row and one column, got shape {tuple(shape)}")
+        raise InputError(f"x must have at least one pixel, got an image of {shape[2]}x{shape[3]}")
     if dtype not in FLOATS:
         raise InputError(f"x.dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
 

@@ -50,8 +50,6 @@ def _check(x: Spec, weight: Spec, bias: Spec | None, backend: str, accuracy: str
     common.check_choices(backend, accuracy)
     common.check_input(x)
     n, c, h, w = x[0]
-    if min(h, w) < 1:
-        raise InputError(f"x must have at least one pixel, got an image of {h}x{w}")
     common.check_kind("weight", weight, x)
     if len(weight[0]) != 2 or weight[0][1] != c or weight[0][0] < 1:
         raise InputError(f"weight.shape must be (K, {c}), got {tuple(weight[0])}")
