@@ -3,7 +3,8 @@
     python benchmarks/cost_model.py resnet18 resnet50 --batches 1 16 --json cost_model.json
 
 One interleaved run a shape. What the plan chose is compared with what was fastest: the regret is what the choice costs,
-and a model's is that of its blocks together, each as often as the model has it.
+and a model's is that of its blocks together, each as often as the model has it. A block that the plan computes layer by
+layer is left out.
 """
 
 from __future__ import annotations
@@ -144,10 +145,10 @@ def print_rows(rows: Iterable[Row], title: str, console: Console) -> None:
     console.print(table)
 
 
-def summary(rows: list[Row]) -> dict[str, float]:
-    """Of a model: the regret of all its blocks together, and the largest of one."""
+def summary(rows: list[Row]) -> dict[str, float | None]:
+    """Of a model: the regret of all its blocks together, and the largest of one; None where there is no choice."""
     if not rows:
-        return {"regret": 1.0, "worst": 1.0}
+        return {"regret": None, "worst": None}
     chosen = sum(row.count * row.measured[row.chosen] for row in rows)
     return {
         "regret": chosen / sum(row.count * row.measured[row.best] for row in rows),
@@ -182,8 +183,7 @@ def main() -> int:
     for case in cases:
         table.add_row(
             f"{case['model']}, batch {case['batch']}, {case['dtype']} {case['accuracy']}",
-            f"{case['regret']:.3f}",
-            f"{case['worst']:.2f}",
+            *(f"{case[key]:.3f}" if case[key] else "no choice" for key in ("regret", "worst")),
         )
     console.print(table)
     if options.json:
