@@ -101,8 +101,9 @@ MAX_VENDOR_SUM = 128
 chain, whose error reached 3.4 times eager's on the 256 products of a 1x1 layer, 6 times on the 4608 of a late 3x3."""
 
 
-CALL_SECONDS = 50e-6
-"""Of one more op for the CPU, dispatched from Python: 20 us alone, 50 to 100 after a kernel that filled the caches."""
+CALL_SECONDS = 100e-6
+"""Of one more op for the CPU, dispatched from Python: 20 us alone, 50 to 100 after a kernel that filled the caches. And
+what runs layer by layer is not recorded, and cuts in two what could be one call."""
 
 
 def _vendor_inexact(shape: Shape, dtype: torch.dtype, accuracy: str) -> str | None:
