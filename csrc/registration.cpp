@@ -7,7 +7,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <array>
 #include <memory>
 #include <optional>

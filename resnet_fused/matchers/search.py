@@ -235,7 +235,8 @@ class Search:
 
     def _head(self, node: fx.Node, owner: nn.Module) -> HeadFusion | None:
         """What the module that a node calls runs as, if that is the end of a classifier."""
-        fusion = self.changes.get(module_of(owner, node), (Fused, {}))[1].get("_fused_op")  # type: ignore[arg-type]
+        module = module_of(owner, node)
+        fusion = self.changes[module][1].get("_fused_op") if module in self.changes else None
         return fusion if isinstance(fusion, HeadFusion) else None
 
     def _refuse(self, modules: Iterable[nn.Module], error: Refused) -> None:
