@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import gpu_timer, plan
 from .errors import InputError
-from .fuse import check_model, check_tensor, fusions
+from .fuse import arguments_of, check_model, fusions
 from .roofline import DTYPES, Machine, Placement, dtype_name, flops, layer_traffic, measure, placement, total, traffic
 from .tables import render
 
@@ -179,12 +179,14 @@ def _figures(roof: Placement, seconds: float | None) -> tuple[str, ...]:
     )
 
 
-def explain(fast: nn.Module, x: Tensor, roofline: bool | Machine = False, timed: bool = True) -> Plan:
+def explain(
+    fast: nn.Module, x: Tensor | tuple[Any, ...], roofline: bool | Machine = False, timed: bool = True
+) -> Plan:
     """Run a fused model once and report what ran.
 
     Args:
         fast: a fused model (of any other, every convolution is reported as unfused).
-        x: its input.
+        x: its input; a tuple stands for several arguments.
         roofline: also time every op and place it on the roofline of this machine, which is measured first (one or two
             seconds), or of the `Machine` given.
         timed: if False, ops are placed on the roofline but not timed.
@@ -193,18 +195,18 @@ def explain(fast: nn.Module, x: Tensor, roofline: bool | Machine = False, timed:
         The plan; print it for a table.
 
     Raises:
-        InputError: `fast` is no module, or in train mode; `x` is no tensor, or on the meta device; there is no roofline
-            for the dtype of `x`.
+        InputError: `fast` is no module, or in train mode; there is no floating-point tensor in `x`, or it is on
+            the meta device, or of a dtype without a roofline.
     """
     check_model("fast", fast)
-    check_tensor("x", x)
-    if x.device.type == "meta":
+    arguments, first = arguments_of(x)
+    if first.device.type == "meta":
         raise InputError("x must be on a device that computes, got meta")
-    machine = _machine(roofline, x)
-    watch = _Watch(fast, x, machine, timed)
+    machine = _machine(roofline, first)
+    watch = _Watch(fast, first, machine, timed)
     # In inference mode torch would hand over composite operators that contain a convolution.
     with torch.inference_mode(False), torch.no_grad(), watch:
-        fast(x)
+        fast(*arguments)
     return Plan(tuple(watch.rows), machine)
 
 

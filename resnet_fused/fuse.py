@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from .errors import InputError
 from .fusion import OWN_HOOKS, Fusion, Settings, enter, leave, original_class, restore_format
@@ -127,8 +128,25 @@ def check_model(argument: str, model: object) -> None:
 
 def check_tensor(argument: str, value: object) -> None:
     """Raise InputError unless `value` is a tensor."""
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         raise InputError(f"{argument} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def arguments_of(x: object) -> tuple[tuple[Any, ...], Tensor]:
+    """What a model is called with for the input `x`: that, or its items if it is a tuple; and the first tensor in it.
+
+    Raises:
+        InputError: there is no floating-point tensor in it.
+    """
+    arguments = x if isinstance(x, tuple) else (x,)
+    tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.is_floating_point()]
+    if not tensors:
+        raise InputError(f"x must be a floating-point torch.Tensor, or a tuple of arguments with one, got {_kind(x)}")
+    return arguments, tensors[0]
+
+
+def _kind(x: object) -> str:
+    return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def apply(found: Search, model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import InputError
-from .fuse import check_model, check_tensor, fusions
+from .fuse import arguments_of, check_model, fusions
 from .fusion import Fusion, unfused
 from .tables import render
 
@@ -91,7 +91,7 @@ class Report:
         return render(self)
 
 
-def verify(model: nn.Module, fast: nn.Module, x: Tensor) -> Report:
+def verify(model: nn.Module, fast: nn.Module, x: Tensor | tuple[Any, ...]) -> Report:
     """Compare a fused model with the original, each with a float64 copy of the original.
 
     The parity rule, for every block and for the whole: the fused error is at most twice the original's at the same
@@ -102,23 +102,24 @@ def verify(model: nn.Module, fast: nn.Module, x: Tensor) -> Report:
     Args:
         model: the original, in eval mode.
         fast: `fuse(model)`.
-        x: an input for both.
+        x: an input for both; a tuple stands for several arguments.
 
     Returns:
         The report; print it for a table.
 
     Raises:
-        InputError: a model is no module or in train mode, `fast` holds nothing fused, the two differ, `x` is no tensor.
+        InputError: a model is no module or in train mode, `fast` holds nothing fused, the two differ, there is no
+            floating-point tensor in `x`.
     """
     check_model("model", model)
     check_model("fast", fast)
-    check_tensor("x", x)
+    arguments, first = arguments_of(x)
     blocks = fusions(fast)
     if not blocks:
         raise InputError(f"fast must be a fused model, got {type(fast).__name__} with nothing fused in it")
     paths = {id(module): name for name, module in fast.named_modules()}
     with torch.no_grad():
-        fused = outputs(fast(x))
+        fused = outputs(fast(*arguments))
     exact_model = copy.deepcopy(model).double()
     rows: dict[str, ParityRow] = {}
     handles = []
@@ -133,7 +134,7 @@ def verify(model: nn.Module, fast: nn.Module, x: Tensor) -> Report:
             )
             handles.append(original[0].register_forward_pre_hook(check))
         with torch.no_grad(), unfused():
-            plain, exact = outputs(model(x)), outputs(exact_model(x.double()))
+            plain, exact = outputs(model(*arguments)), outputs(exact_model(*pytree.tree_map(double, arguments)))
     finally:
         for handle in handles:
             handle.remove()
@@ -141,12 +142,12 @@ def verify(model: nn.Module, fast: nn.Module, x: Tensor) -> Report:
         raise InputError(f"fast must give a floating-point tensor, got none from {type(fast).__name__}")
     if [t.shape for t in fused] != [t.shape for t in plain]:
         raise InputError(f"fast must give outputs of the model's shapes, {shapes(plain)}, got {shapes(fused)}")
-    allowance = sum(fast_limit(fusion, x) for fusion in blocks.values())
+    allowance = sum(fast_limit(fusion, first) for fusion in blocks.values())
     ordered = [rows[name] for name in blocks if name in rows]
     whole = judge("end to end", "", fused, plain, exact, allowance)
     classes = fused[0].dim() == 2
     flips = [int((t[0].argmax(1) != exact[0].argmax(1)).sum()) if classes else None for t in (fused, plain)]
-    return Report((*ordered, whole), str(x.dtype).removeprefix("torch."), *flips)
+    return Report((*ordered, whole), str(first.dtype).removeprefix("torch."), *flips)
 
 
 def check_block(
@@ -203,6 +204,11 @@ def largest_error(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 def outputs(value: Any) -> list[Tensor]:
     """The floating-point tensors of a model's output."""
     return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def double(value: Any) -> Any:
+    """A floating-point tensor in float64, anything else as it is."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:

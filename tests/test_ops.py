@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from support import CL, DTYPES, EXAMPLES, Case, assert_parity, cases, conv_case, image, integers
 
 import resnet_fused as rf
-from resnet_fused.errors import BackendError
+from resnet_fused.errors import BackendError, InputError
 
 BACKENDS = ("auto", "reference", "vendor")
 
@@ -95,6 +95,14 @@ def test_batch_0(op):
     case = EXAMPLES[op](n=0)
     for backend in BACKENDS:
         assert case.run(backend=backend).shape == case.formula().shape
+
+
+@pytest.mark.parametrize("op", EXAMPLES)
+def test_forward_mode_is_refused(op):
+    """The tangent would be lost without a word."""
+    case = EXAMPLES[op]()
+    with pytest.raises(InputError, match="x must not be differentiated in forward mode"):
+        torch.func.jvp(lambda x: Case(op, [x, *case.args[1:]], case.options).run(), (case.args[0],), (case.args[0],))
 
 
 def test_scalars_and_pairs_are_the_same():

@@ -103,6 +103,29 @@ class SevenClasses(TinyResNet):
         self.fc = nn.Linear(24, 7)
 
 
+class Difference(nn.Module):
+    """Of one net's outputs for two batches, the second one in a list, a number of times."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = TinyBackbone()
+
+    def forward(self, x, others, times):
+        return {"difference": (self.net(x) - self.net(others[0])) * times}
+
+
+def test_several_arguments():
+    model, x = Difference().eval(), (images(), [images(2) + 1], 3)
+    fast = rf.fuse(model)
+    report = rf.verify(model, fast, x)
+    assert report.ok and report.flipped is None
+    assert [row.block for row in report.rows] == [*(f"net.{name}" for name in BLOCKS[:5]), "end to end"]
+    with torch.no_grad():
+        fast.net.layer2[1].bn2.bias.add_(1e-5)
+        assert not rf.verify(model, fast, x).ok
+    assert [row.block for row in rf.explain(fast, x).rows] == [f"net.{name}" for name in BLOCKS[:5]] * 2
+
+
 class Labels(TinyResNet):
     def forward(self, x):
         return super().forward(x).argmax(1)
@@ -116,7 +139,9 @@ class Labels(TinyResNet):
         (lambda: (tiny(), tiny()), "fast must be a fused model, got TinyResNet with nothing fused"),
         (lambda: (nn.Identity().eval(), rf.fuse(tiny())), "model must have the module 'conv1' .* got Identity"),
         (lambda: (3, rf.fuse(tiny())), r"model must be a torch.nn.Module, got int"),
-        (lambda: (tiny(), rf.fuse(tiny()), "x"), r"x must be a torch.Tensor, got str"),
+        (lambda: (tiny(), rf.fuse(tiny()), "x"), r"x must be a floating-point torch.Tensor, .* got str"),
+        (lambda: (tiny(), rf.fuse(tiny()), (1, images().int())), r"x must be a floating-point torch.Tensor, .* got tuple"),
+        (lambda: (tiny(), rf.fuse(tiny()), images().int()), r"x must be a floating-point .* got a tensor of torch.int32"),
         (lambda: (tiny(), rf.fuse(tiny()), images(channels=4)), "4 channels coming in, got 3"),
         (lambda: (tiny(Labels), rf.fuse(tiny(Labels))), "fast must give a floating-point tensor, got none from Labels"),
         (lambda: (tiny(SevenClasses), rf.fuse(tiny())), r"fast must give \(2, 7, 1, 1\) at"),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import InputError
 from ..kernels import cpu, cuda, reference, triton
@@ -30,12 +31,14 @@ def spec(t: Tensor) -> Spec:
     """Shape, dtype and device of a tensor."""
     if t is None:
         raise InputError("x and every weight and shift must be tensors, got None")
+    if forward_ad._current_level >= 0:  # a tangent would be lost; whether there is one cannot be seen inside jvp
+        raise InputError("x must not be differentiated in forward mode: inside jvp or a dual level call fused modules")
     return t.shape, t.dtype, t.device
 
 
 def optional_spec(t: Tensor | None) -> Spec | None:
     """`spec`, None for None."""
-    return None if t is None else (t.shape, t.dtype, t.device)
+    return None if t is None else spec(t)
 
 
 def check_input(x: Spec) -> None:
