@@ -17,12 +17,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
+from kernels import MODELS
 from rich.console import Console
 from rich.table import Table
 
@@ -33,8 +33,6 @@ from resnet_fused.kernels import cpu
 from resnet_fused.samples import describe, sample
 from resnet_fused.shapes import Shape
 
-MODELS = {"resnet18": 224, "resnet50": 224, "densenet121": 224, "resnet56_cifar": 32}
-"""The models by default, and the size of their images."""
 CPU = torch.device("cpu")
 LEAST_ROUNDS, MOST_ROUNDS = 5, 101
 
@@ -80,7 +78,7 @@ def model_shapes(name: str, batch: int) -> Counter[Shape]:
     fused = rf.fuse(getattr(rf.models, name)().eval(), backend="reference")
     with plan.record() as choices, torch.inference_mode():
         fused(torch.zeros(1, 3, MODELS[name], MODELS[name]))
-    parts = {part for choice in choices for part in tune._parts(choice.shape) if part != choice.shape}
+    parts = {part for choice in choices for part in tune.parts_of(choice.shape) if part != choice.shape}
     for choice in choices:
         if choice.shape not in parts:
             found[replace(choice.shape, n=batch)] += 1
@@ -187,17 +185,7 @@ def main() -> int:
         )
     console.print(table)
     if options.json:
-        isa, _ = environment.instruction_sets()
-        conditions = {
-            "kind": "cost_model",
-            "device_name": environment.device_name("cpu"),
-            "isa": isa,
-            "threads": torch.get_num_threads(),
-            "versions": environment.versions(),
-            "commit": environment.commit(),
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "clocks": environment.clocks("cpu"),
-        }
+        conditions = {"kind": "cost_model", **environment.conditions("cpu"), "clocks": environment.clocks("cpu")}
         options.json.write_text(json.dumps(conditions | {"cases": cases}) + "\n")
     return 0
 

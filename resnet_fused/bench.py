@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -437,23 +436,16 @@ def header(job: Job, clocks: dict[str, Any] | None = None) -> dict[str, Any]:
         job: what was measured.
         clocks: those before the run, from `environment.clocks`; those after it are read now.
     """
-    isa, _ = environment.instruction_sets()
     return {
         "schema": SCHEMA,
         "peers": False,
         "interrupted": False,
         "machine": None,
-        "device": job.device,
-        "device_name": environment.device_name(job.device),
-        "isa": isa,
-        "threads": torch.get_num_threads(),
+        **environment.conditions(job.device),
         "clocks": {"before": clocks, "after": environment.clocks(job.device)},
         "model": job.model,
         "dtype": ",".join(job.dtypes),
         "batch": job.batch,
-        "versions": environment.versions(),
-        "commit": environment.commit(),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "baseline": BASELINE,
     }
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import re
 import subprocess
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,23 @@ def versions() -> dict[str, str]:
 def instruction_sets() -> tuple[str, list[str]]:
     """The CPU instruction set in use (`"none"` without the native library) and all that can run here."""
     return native.isa(), list(native.bindings.isas()) if native.bindings is not None else []
+
+
+def conditions(device: str) -> dict[str, Any]:
+    """On what a measurement is made, with what, and when: fields of its result.
+
+    Args:
+        device: `"cpu"` or `"cuda"`.
+    """
+    return {
+        "device": device,
+        "device_name": device_name(device),
+        "isa": native.isa(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "commit": commit(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def kernel_table() -> list[dict[str, object]]:

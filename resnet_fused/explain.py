@@ -179,9 +179,7 @@ def _figures(roof: Placement, seconds: float | None) -> tuple[str, ...]:
     )
 
 
-def explain(
-    fast: nn.Module, x: Tensor | tuple[Any, ...], roofline: bool | Machine = False, timed: bool = True
-) -> Plan:
+def explain(fast: nn.Module, x: Tensor | tuple[Any, ...], roofline: bool | Machine = False, timed: bool = True) -> Plan:
     """Run a fused model once and report what ran.
 
     Args:

@@ -97,10 +97,10 @@ def shapes_of(model: nn.Module, x: Tensor) -> list[Shape]:
     """The shapes of the ops that a fused model runs on an input, and of their parts, each once, parts first."""
     with torch.inference_mode(), plan.record() as choices:
         model(x)
-    return list(dict.fromkeys(shape for choice in choices if not choice.empty for shape in _parts(choice.shape)))
+    return list(dict.fromkeys(shape for choice in choices if not choice.empty for shape in parts_of(choice.shape)))
 
 
-def _parts(shape: Shape) -> list[Shape]:
+def parts_of(shape: Shape) -> list[Shape]:
     """The layers of a block, the dense layers of a dense block, the block that a chain repeats, and itself."""
     inner: list[Shape] = []
     if isinstance(shape, DenseBlock):  # its layers have configurations of their own

@@ -390,7 +390,7 @@ def test_shapes_of_a_model():
 def test_dense_layers_have_shapes_of_their_own():
     block = DenseBlock(2, 8, 5, 5, 4, 2, 8)
     layers = [DenseBlock(2, 8, 5, 5, 4, 1, 8), DenseBlock(2, 12, 5, 5, 4, 1, 8)]
-    assert [shape for shape in tune._parts(block) if shape.op == "dense_block"] == [*layers, block]
+    assert [shape for shape in tune.parts_of(block) if shape.op == "dense_block"] == [*layers, block]
 
 
 def test_shipped_files_are_usable():

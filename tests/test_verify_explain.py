@@ -140,8 +140,14 @@ class Labels(TinyResNet):
         (lambda: (nn.Identity().eval(), rf.fuse(tiny())), "model must have the module 'conv1' .* got Identity"),
         (lambda: (3, rf.fuse(tiny())), r"model must be a torch.nn.Module, got int"),
         (lambda: (tiny(), rf.fuse(tiny()), "x"), r"x must be a floating-point torch.Tensor, .* got str"),
-        (lambda: (tiny(), rf.fuse(tiny()), (1, images().int())), r"x must be a floating-point torch.Tensor, .* got tuple"),
-        (lambda: (tiny(), rf.fuse(tiny()), images().int()), r"x must be a floating-point .* got a tensor of torch.int32"),
+        (
+            lambda: (tiny(), rf.fuse(tiny()), (1, images().int())),
+            r"x must be a floating-point torch.Tensor, .* got tuple",
+        ),
+        (
+            lambda: (tiny(), rf.fuse(tiny()), images().int()),
+            r"x must be a floating-point .* got a tensor of torch.int32",
+        ),
         (lambda: (tiny(), rf.fuse(tiny()), images(channels=4)), "4 channels coming in, got 3"),
         (lambda: (tiny(Labels), rf.fuse(tiny(Labels))), "fast must give a floating-point tensor, got none from Labels"),
         (lambda: (tiny(SevenClasses), rf.fuse(tiny())), r"fast must give \(2, 7, 1, 1\) at"),
