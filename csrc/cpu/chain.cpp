@@ -70,17 +70,18 @@ class Ahead {
     lines_ = lines(first.bytes + second.bytes, steps);
   }
 
-  void multiply(GemmFn gemm, GemmArgs& args) {
+  template <class Args>
+  void multiply(void (*multiply)(Args&), Args& args) {
     Range* const r = weights_[0].bytes > 0 ? &weights_[0] : weights_[1].bytes > 0 ? &weights_[1] : x_;
     if (!r || r->bytes <= 0) {  // threads that share a layer's channels have one x
       args.prefetch = args.prefetch_end = nullptr;
-      gemm(args);
+      multiply(args);
       return;
     }
     args.prefetch = r->begin;
     args.prefetch_end = r->begin + r->bytes;
     args.prefetch_lines = r == x_ ? x_lines_ : lines_;
-    gemm(args);
+    multiply(args);
     r->bytes = args.prefetch_end - args.prefetch;
     r->begin = args.prefetch;
   }
@@ -655,6 +656,7 @@ class Unit {
   struct Tile {
     int sub, panels;
     GemmFn gemm;
+    ProductFn product;
     bool to_memory;  // no epilogue of its own
   };
   // The one with the least time for what it computes, waste at the edges included; the tallest where equal.
@@ -670,11 +672,11 @@ class Unit {
       const auto rows = static_cast<double>(rows_computed(sub));
       if (best.sub && rows >= least) continue;
       least = rows;
-      best = {sub, 1, tiles.of_height[sub], tiles.to_memory};
+      best = {sub, 1, tiles.of_height[sub], tiles.product_of_height[sub], tiles.to_memory};
     }
     if (kernels_.wide_sub && !st.pack.bf16 && !narrow && !st.by_row && panel_count % 2 == 0 &&
         st.layer->shape.groups == 1 && static_cast<double>(rows_computed(kernels_.wide_sub)) * wide_tile_cost() < least)
-      best = {kernels_.wide_sub, 2, kernels_.gemm_f32_wide, false};
+      best = {kernels_.wide_sub, 2, kernels_.gemm_f32_wide, kernels_.product_f32_wide, false};
     return best;
   }
 
@@ -976,7 +978,6 @@ class Unit {
     const int panel = st.pack.panel, frequencies = st.pack.taps, pixels = st.m * st.m;
     const Tile tile =
         choose_tile(st, panel_end - panel_begin, [&](int sub) { return round_up<int64_t>(g.tiles, 2 * sub); });
-    const Tap tap{0, 0, 0};
     const bool by_panel = chain_.winograd_by_panel(st, g.padded);
     const int kept = by_panel ? tile.panels : panel_end - panel_begin;  // panels of products
     const int64_t product = g.padded * panel;                           // floats of one frequency of one panel
@@ -1004,21 +1005,17 @@ class Unit {
                     {first + st.pack.panel_bytes, tile.panels > 1 ? run * frequency_bytes : 0}, steps * run);
     };
     auto multiply = [&](int f, int n, float* first_product) {
-      GemmArgs args{};
+      ProductArgs args{};
       args.lda = g.pitch;
       args.segment = chain_.segment(st);
-      args.taps = &tap;
-      args.tap_count = 1;
       args.words = st.pack.words;
       args.b = weights(st) + n * st.pack.panel_bytes + int64_t{f} * st.pack.words * panel * 4;
       args.b2 = args.b + st.pack.panel_bytes;
-      for (int64_t t = 0; t < g.tiles; t += 2 * tile.sub) {
-        args.a[0] = transformed_ + f * g.frequency + t * g.pitch;
-        args.a[1] = args.a[0] + tile.sub * args.lda;
-        args.c = first_product + f * product + t * panel;
-        args.c2 = args.c + panel_products;
-        ahead.multiply(tile.gemm, args);
-      }
+      args.a = transformed_ + f * g.frequency;
+      args.c = first_product + f * product;
+      args.c2 = args.c + panel_products;
+      args.tiles = ceil_div(g.tiles, 2 * tile.sub);
+      ahead.multiply(tile.product, args);
     };
     if (!by_panel)
       for (int f = 0; f < frequencies; ++f)

@@ -13,6 +13,10 @@ template <bool kValue>
 struct Whole {
   static constexpr bool value = kValue;
 };
+template <int kValue>
+struct Number {
+  static constexpr int value = kValue;
+};
 
 // ---- vectors in memory -----------------------------------------------------------------------------------------
 // `count` elements as float32, zeros behind them; whole vectors where kWhole.
@@ -195,37 +199,47 @@ constexpr int columns_of() {  // of a panel
   return Vectors == 1 ? kLanes : kPanel;
 }
 
-// `Unroll` steps of k for `Vectors` vectors of output channels: one panel, or two where there are four. Rows are
-// addressed as three per base pointer (base, base + lda, base + 2 * lda), which x86 encodes: 14 rows need 6 pointers
-// and one stride, and fit the 16 general registers.
+// The weights of a step: one panel's, or two's where there are four vectors.
+template <int Vectors>
+RF_INLINE void load_columns(Vec (&columns)[Vectors], const float* const (&b)[panels_of<Vectors>()], int step) {
+#pragma GCC unroll 4
+  for (int j = 0; j < Vectors; ++j) columns[j] = load(b[j / 2] + step * columns_of<Vectors>() + j % 2 * kLanes);
+}
+
+// One step of `Rows` rows, whose sums are from c[first] on. Rows are addressed as three per base pointer (base, base +
+// lda, base + 2 * lda), which x86 encodes: 14 rows need 6 pointers and one stride, and fit the 16 general registers.
+template <class Product, int Rows, int Vectors, int All>
+RF_INLINE void step_of_rows(Vec (&c)[All][Vectors], int first, const char* const (&base)[(Rows + 2) / 3], ptrdiff_t lda,
+                            ptrdiff_t offset, const Vec (&columns)[Vectors]) {
+#pragma GCC unroll 28
+  for (int i = 0; i < Rows; ++i) {
+    const char* const p = base[i / 3] + offset + (i % 3) * lda;
+    if (Vectors == 1) {
+      Product::apply_at(p, columns[0], c[first + i][0]);
+      continue;
+    }
+    const Vec a = broadcast(p);
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) Product::apply(a, columns[j], c[first + i][j]);
+  }
+}
+
+// `Unroll` steps of k for two sub-tiles.
 template <class Product, int Sub, int Vectors, int Unroll>
 RF_INLINE void gemm_steps(Vec (&c)[2 * Sub][Vectors], const char* const (&base)[2][(Sub + 2) / 3], ptrdiff_t lda,
                           ptrdiff_t k, const float* const (&b)[panels_of<Vectors>()]) {
 #pragma GCC unroll 8
   for (int u = 0; u < Unroll; ++u) {
     Vec columns[Vectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) columns[j] = load(b[j / 2] + u * columns_of<Vectors>() + j % 2 * kLanes);
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 16
-      for (int i = 0; i < Sub; ++i) {
-        const char* const p = base[half][i / 3] + k + (i % 3) * lda + u * 4;
-        Vec(&row)[Vectors] = c[half * Sub + i];
-        if (Vectors == 1) {
-          Product::apply_at(p, columns[0], row[0]);
-          continue;
-        }
-        const Vec a = broadcast(p);
-#pragma GCC unroll 4
-        for (int j = 0; j < Vectors; ++j) Product::apply(a, columns[j], row[j]);
-      }
-    }
+    load_columns(columns, b, u);
+    step_of_rows<Product, Sub>(c, 0, base[0], lda, k + u * 4, columns);
+    step_of_rows<Product, Sub>(c, Sub, base[1], lda, k + u * 4, columns);
   }
 }
 
 // In every step: many at once would fill the buffers that the products' own operands come through.
-RF_INLINE void prefetch_lines(const GemmArgs& args, const char*& p) {
+template <class Args>
+RF_INLINE void prefetch_lines(const Args& args, const char*& p) {
   if (p >= args.prefetch_end) return;
 #pragma GCC unroll 1
   for (int i = 0; i < args.prefetch_lines; ++i, p += 64) __builtin_prefetch(p, 0, 2);
@@ -353,6 +367,61 @@ void gemm(GemmArgs& args) {
     }
   }
   finish(args, partial, out, c);
+  args.prefetch = ahead;
+}
+
+// `Unroll` steps of rows that all have one distance.
+template <class Product, int Rows, int Vectors, int Unroll>
+RF_INLINE void product_steps(Vec (&c)[Rows][Vectors], const char* const (&base)[(Rows + 2) / 3], ptrdiff_t lda,
+                             const float* const (&b)[panels_of<Vectors>()]) {
+#pragma GCC unroll 8
+  for (int u = 0; u < Unroll; ++u) {
+    Vec columns[Vectors];
+    load_columns(columns, b, u);
+    step_of_rows<Product, Rows>(c, 0, base, lda, u * 4, columns);
+  }
+}
+
+template <class Product, int Sub, int Vectors>
+void product(ProductArgs& args) {
+  constexpr int kRows = 2 * Sub, kBases = (kRows + 2) / 3, kPanels = panels_of<Vectors>();
+  constexpr int kColumns = columns_of<Vectors>();
+  const char* ahead = args.prefetch;
+  const ptrdiff_t lda = args.lda;
+  for (int64_t tile = 0; tile < args.tiles; ++tile) {
+    const char* base[kBases];
+#pragma GCC unroll 10
+    for (int j = 0; j < kBases; ++j) base[j] = args.a + (tile * kRows + 3 * j) * lda;
+    const float* b[kPanels];
+    b[0] = reinterpret_cast<const float*>(args.b);
+    if (kPanels > 1) b[kPanels - 1] = reinterpret_cast<const float*>(args.b2);
+    float* const out[2] = {args.c + tile * kRows * kColumns, kPanels > 1 ? args.c2 + tile * kRows * kColumns : nullptr};
+    Vec c[kRows][Vectors];
+    bool partial = false;
+    clear(c);
+    auto steps = [&](auto unroll) __attribute__((always_inline)) {
+      constexpr int kSteps = decltype(unroll)::value;
+      product_steps<Product, kRows, Vectors, kSteps>(c, base, lda, b);
+#pragma GCC unroll 10
+      for (int j = 0; j < kBases; ++j) base[j] += kSteps * 4;
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) b[p] += kSteps * kColumns;
+    };
+    for (int k0 = 0; k0 < args.words; k0 += args.segment) {
+      if (k0 > 0) {
+        flush(partial, out, c);
+        clear(c);
+      }
+      int left = args.words - k0 < args.segment ? args.words - k0 : args.segment;
+      for (; left >= kUnroll; left -= kUnroll) {
+        prefetch_lines(args, ahead);
+        steps(Number<kUnroll>{});
+      }
+#pragma GCC unroll 1
+      for (; left > 0; --left) steps(Number<1>{});
+    }
+    flush(partial, out, c);
+  }
   args.prefetch = ahead;
 }
 
@@ -864,6 +933,7 @@ template <class Product, int Vectors, int... Subs>
 constexpr Tiles tiles() {
   Tiles t{};
   (add(t, Subs, gemm<Product, Subs, Vectors>), ...);
+  ((t.product_of_height[Subs] = product<Product, Subs, Vectors>), ...);
   return t;
 }
 template <int Vectors, int... Subs>
@@ -890,6 +960,7 @@ constexpr Kernels make_table() {
   k.f32_narrow_row = row_tiles<1, 4, 6, 7, 8, 10, 12, kNarrowSub>();
   k.wide_sub = kWideSub;
   k.gemm_f32_wide = gemm<F32Product, kWideSub, 4>;
+  k.product_f32_wide = product<F32Product, kWideSub, 4>;
 #else
   k.f32 = tiles<F32Product, 2, kSubMax>();
   k.f32_narrow = tiles<F32Product, 1, kNarrowSub>();
