@@ -634,8 +634,19 @@ RF_INLINE void prologue_vector(const PrologueArgs& p, const char* x, char* out, 
     const char* const below = x + p.below;
     y = ((y + activated(x + p.pitch)) + (activated(below) + activated(below + p.pitch))) * splat(0.25f);
   }
-  if (kBf16In) y = widen(to_bf16(y));
+  if (kBf16In && !kBf16Out) y = widen(to_bf16(y));
   store_part<kBf16Out, kWhole>(out, y, count);
+}
+
+// Two whole vectors of bfloat16.
+RF_INLINE void prologue_pair(const PrologueArgs& p, const char* x, char* out, int channel) {
+  Vec y[2];
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    const int from = channel + j * kLanes;
+    y[j] = relu(fma(load_part<true, true>(x + 2 * from, kLanes), load(p.scale + from), load(p.shift + from)));
+  }
+  store_bf16_pair(reinterpret_cast<uint16_t*>(out) + channel, y[0], y[1]);
 }
 
 template <bool kBf16In, bool kBf16Out, bool kAverage>
@@ -646,6 +657,8 @@ void prologue_rows(const PrologueArgs& p) {
     const char* const x = p.x + (p.pixels ? p.pixels[i] : i) * p.pitch;
     char* const out = p.out + i * p.out_pitch;
     int v = 0;
+    if (kBf16Out && !kAverage)
+      for (; v + 2 * kLanes <= p.channels; v += 2 * kLanes) prologue_pair(p, x, out, v);
     for (; v + kLanes <= p.channels; v += kLanes)
       prologue_vector<kBf16In, kBf16Out, kAverage, true>(p, x + v * kIn, out + v * kOut, v, kLanes);
     if (v < p.channels)

@@ -87,6 +87,16 @@ RF_INLINE void stream(float* p, Vec v) {
 #endif
 }
 
+RF_INLINE void store_bf16_pair(uint16_t* p, Vec low, Vec high) {
+#if defined(__AVX512BF16__)
+  const auto pair = _mm512_cvtne2ps_pbh(high, low);
+  std::memcpy(p, &pair, sizeof pair);
+#else
+  store_bf16(p, low);
+  store_bf16(p + kLanes, high);
+#endif
+}
+
 RF_INLINE void stream_bf16_pair(uint16_t* p, Vec low, Vec high) {
 #if defined(__AVX512BF16__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)_mm512_cvtne2ps_pbh(high, low));
