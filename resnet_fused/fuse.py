@@ -139,10 +139,15 @@ def arguments_of(x: object) -> tuple[tuple[Any, ...], Tensor]:
         InputError: there is no floating-point tensor in it.
     """
     arguments = x if isinstance(x, tuple) else (x,)
-    tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.is_floating_point()]
+    tensors = floating_tensors(arguments)
     if not tensors:
         raise InputError(f"x must be a floating-point torch.Tensor, or a tuple of arguments with one, got {_kind(x)}")
     return arguments, tensors[0]
+
+
+def floating_tensors(value: Any) -> list[Tensor]:
+    """The floating-point tensors in a model's arguments or output."""
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def _kind(x: object) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import InputError
-from .fuse import arguments_of, check_model, fusions
+from .fuse import arguments_of, check_model, floating_tensors, fusions
 from .fusion import Fusion, unfused
 from .tables import render
 
@@ -119,7 +119,7 @@ def verify(model: nn.Module, fast: nn.Module, x: Tensor | tuple[Any, ...]) -> Re
         raise InputError(f"fast must be a fused model, got {type(fast).__name__} with nothing fused in it")
     paths = {id(module): name for name, module in fast.named_modules()}
     with torch.no_grad():
-        fused = outputs(fast(*arguments))
+        fused = floating_tensors(fast(*arguments))
     exact_model = copy.deepcopy(model).double()
     rows: dict[str, ParityRow] = {}
     handles = []
@@ -134,7 +134,8 @@ def verify(model: nn.Module, fast: nn.Module, x: Tensor | tuple[Any, ...]) -> Re
             )
             handles.append(original[0].register_forward_pre_hook(check))
         with torch.no_grad(), unfused():
-            plain, exact = outputs(model(*arguments)), outputs(exact_model(*pytree.tree_map(double, arguments)))
+            plain = floating_tensors(model(*arguments))
+            exact = floating_tensors(exact_model(*pytree.tree_map(double, arguments)))
     finally:
         for handle in handles:
             handle.remove()
@@ -199,11 +200,6 @@ def largest_error(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
         same = (y == reference) | (y.isnan() & reference.isnan())
         errors.append((y - reference).abs().masked_fill(same, 0.0).flatten().cpu())
     return torch.cat(errors).max().item()
-
-
-def outputs(value: Any) -> list[Tensor]:
-    """The floating-point tensors of a model's output."""
-    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def double(value: Any) -> Any:

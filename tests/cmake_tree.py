@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def build(name: str, options: Sequence[str], target: str = "all") -> Path:
-    """The tree build/`name`, built without torch; kept, so that a second run compiles only what changed.
+    """The tree build/`name`, kept, so that a second run compiles only what changed; without torch unless asked for.
 
     Safe between test processes that want the same tree.
     """

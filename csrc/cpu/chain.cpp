@@ -71,17 +71,17 @@ class Ahead {
   }
 
   template <class Args>
-  void multiply(void (*multiply)(Args&), Args& args) {
+  void multiply(void (*leaf)(Args&), Args& args) {
     Range* const r = weights_[0].bytes > 0 ? &weights_[0] : weights_[1].bytes > 0 ? &weights_[1] : x_;
     if (!r || r->bytes <= 0) {  // threads that share a layer's channels have one x
       args.prefetch = args.prefetch_end = nullptr;
-      multiply(args);
+      leaf(args);
       return;
     }
     args.prefetch = r->begin;
     args.prefetch_end = r->begin + r->bytes;
     args.prefetch_lines = r == x_ ? x_lines_ : lines_;
-    multiply(args);
+    leaf(args);
     r->bytes = args.prefetch_end - args.prefetch;
     r->begin = args.prefetch;
   }

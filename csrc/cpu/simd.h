@@ -101,8 +101,7 @@ RF_INLINE void stream_bf16_pair(uint16_t* p, Vec low, Vec high) {
 #if defined(__AVX512BF16__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)_mm512_cvtne2ps_pbh(high, low));
 #else
-  store_bf16(p, low);
-  store_bf16(p + kLanes, high);
+  store_bf16_pair(p, low, high);
 #endif
 }
 
