@@ -961,21 +961,21 @@ class Unit {
     w.pixel = st.pitch;
     w.frequency = g.frequency;
     w.channels = (block_end - block_begin) * kernels_.narrow;
-    int64_t t = 0;
+    w.tile = g.pitch;
+    w.tiles = g.wide;
+    w.dst = transformed_ + channel;
     for (int image = 0; image < images_; ++image)
-      for (int y = 0; y < g.high; ++y)
-        for (int x = 0; x < g.wide; ++x, ++t) {
-          w.src = level_row(l, image, from - st.layer->shape.pad_h + y * st.m) + int64_t{x} * st.m * w.pixel + channel;
-          w.dst = transformed_ + t * g.pitch + channel;
-          transform(w);
-        }
+      for (int y = 0; y < g.high; ++y, w.dst += g.wide * g.pitch) {
+        w.src = level_row(l, image, from - st.layer->shape.pad_h + y * st.m) + channel;
+        transform(w);
+      }
   }
 
   void winograd_multiply(int l, const Output& out, const Shortcut& shortcut, int from, int to, int panel_begin,
                          int panel_end) {
     const Stage& st = chain_.stages[l];
     const Grid g = grid(st, to - from);
-    const int panel = st.pack.panel, frequencies = st.pack.taps, pixels = st.m * st.m;
+    const int panel = st.pack.panel, frequencies = st.pack.taps;
     const Tile tile =
         choose_tile(st, panel_end - panel_begin, [&](int sub) { return round_up<int64_t>(g.tiles, 2 * sub); });
     const bool by_panel = chain_.winograd_by_panel(st, g.padded);
@@ -983,7 +983,6 @@ class Unit {
     const int64_t product = g.padded * panel;                           // floats of one frequency of one panel
     const int64_t panel_products = frequencies * product;
     auto* products = static_cast<float*>(workspace(Slot::kProducts, static_cast<size_t>(kept * panel_products) * 4));
-    auto* c = static_cast<float*>(workspace(Slot::kTiles, static_cast<size_t>(pixels * panel) * 4));
     const int64_t steps = ceil_div(g.tiles, 2 * tile.sub) * (st.pack.words / chain_.step(st));  // of one frequency
     Ahead ahead(l == chain_.ahead_layer ? &ahead_ : nullptr,
                 frequencies * ((panel_end - panel_begin) / tile.panels) * steps);
@@ -1004,8 +1003,11 @@ class Unit {
       ahead.weights({first, run * frequency_bytes},
                     {first + st.pack.panel_bytes, tile.panels > 1 ? run * frequency_bytes : 0}, steps * run);
     };
-    auto multiply = [&](int f, int n, float* first_product) {
+    auto multiply = [&](int f, int run, int n, float* first_product) {
       ProductArgs args{};
+      args.frequencies = run;
+      args.a_frequency = g.frequency;
+      args.c_frequency = product;
       args.lda = g.pitch;
       args.segment = chain_.segment(st);
       args.words = st.pack.words;
@@ -1021,31 +1023,28 @@ class Unit {
       for (int f = 0; f < frequencies; ++f)
         for (int n = panel_begin; n < panel_end; n += tile.panels) {
           prefetch(f, n, 1);
-          multiply(f, n, products + (n - panel_begin) * panel_products);
+          multiply(f, 1, n, products + (n - panel_begin) * panel_products);
         }
-    int32_t dst[kMaxTileRows];
     for (int n = panel_begin; n < panel_end; ++n) {
       const int slot = (n - panel_begin) % kept;
       if (by_panel && slot == 0) {
         prefetch(0, n, frequencies);
-        for (int f = 0; f < frequencies; ++f) multiply(f, n, products);
+        multiply(0, frequencies, n, products);
       }
-      const float* const p = products + slot * panel_products;
-      const EpilogueArgs e{epilogue(l, st, out, shortcut, n), c, panel, pixels, dst};
-      WinogradOut w{p, product, c, panel};
+      const Epilogue e = epilogue(l, st, out, shortcut, n);
+      WinogradOut w{};
+      w.src = products + slot * panel_products;
+      w.frequency = product;
+      w.tiles = g.wide;
+      w.panel = panel;
+      w.columns = st.out_w;
+      w.row = out.columns;
       for (int image = 0; image < images_; ++image)
-        for (int y = 0; y < g.high; ++y)
-          for (int x = 0; x < g.wide; ++x, w.src += panel) {
-            for (int i = 0; i < pixels; ++i) {
-              const int yy = from + y * st.m + i / st.m, xx = x * st.m + i % st.m;
-              dst[i] = yy < to && xx < st.out_w
-                           ? static_cast<int32_t>(out.image * image + int64_t{yy - out.origin_row} * out.columns +
-                                                  out.origin + xx)
-                           : -1;
-            }
-            kernels_.winograd_out[st.m == 4](w);
-            kernels_.epilogue(e);
-          }
+        for (int y = from; y < to; y += st.m, w.src += g.wide * panel) {
+          w.rows = std::min(st.m, to - y);
+          w.pixel = static_cast<int32_t>(out.image * image + int64_t{y - out.origin_row} * out.columns + out.origin);
+          kernels_.winograd_out[st.m == 4](w, e);
+        }
     }
   }
 

@@ -75,17 +75,20 @@ struct GemmArgs {
 };
 using GemmFn = void (*)(GemmArgs&);
 
-// c[row][panel] = sum over k of a[row][k] * b[k][panel], for the rows of `tiles` tiles that follow each other:
-// Winograd's products are short (32 words, 16 in bfloat16, in CIFAR ResNet-56), and a call of GemmFn for each tile
-// takes 2 to 7% of such a stage.
+// c[row][panel] = sum over k of a[row][k] * b[k][panel], for the rows of `tiles` tiles that follow each other, of each
+// frequency: Winograd's products are short (32 words, 16 in bfloat16, in CIFAR ResNet-56), and a call of GemmFn for
+// each tile takes 2 to 7% of such a stage.
 struct ProductArgs {
+  int frequencies;
   int64_t tiles;
   const char* a;
-  ptrdiff_t lda;  // bytes between rows
-  int words;      // of a row
-  const char* b;
+  ptrdiff_t lda;          // bytes between rows
+  ptrdiff_t a_frequency;  // bytes between frequencies
+  int words;              // of a row
+  const char* b;          // frequencies follow each other
   float* c;
-  const char* b2;  // the next panel and its results: wide tiles only
+  ptrdiff_t c_frequency;  // floats between frequencies
+  const char* b2;         // the next panel and its results: wide tiles only
   float* c2;
   int segment;  // as in GemmArgs, as are these
   const char *prefetch, *prefetch_end;
@@ -118,19 +121,23 @@ struct PrologueArgs {
   bool bf16_in, bf16_out;
 };
 
-// Winograd F(m x m, 3x3): a tile of (m+2)^2 pixels becomes (m+2)^2 frequencies, and frequencies become m^2 pixels.
+// Winograd F(m x m, 3x3): a tile of (m+2)^2 pixels becomes (m+2)^2 frequencies, and frequencies become m^2 pixels, for
+// the tiles of a row of an image, m pixels apart.
 struct WinogradIn {
-  const char* src;       // the tile's first pixel, channel 0
-  ptrdiff_t row, pixel;  // in bytes
-  char* dst;             // [frequency][...][channel], of src's type
-  ptrdiff_t frequency;   // in bytes
-  int channels;          // a multiple of a vector
+  const char* src;            // the first tile's first pixel, channel 0
+  ptrdiff_t row, pixel;       // in bytes
+  char* dst;                  // [frequency][tile][channel], of src's type
+  ptrdiff_t frequency, tile;  // in bytes
+  int tiles;
+  int channels;  // a multiple of a vector
 };
 struct WinogradOut {
-  const float* src;     // [frequency][...][panel]
+  const float* src;     // [frequency][tile][panel]
   ptrdiff_t frequency;  // in floats
-  float* c;             // [m * m][panel]
-  int panel;
+  int tiles, panel;
+  int rows, columns;  // of the pixels, those that there are: at most m of rows, tiles * m of columns
+  int32_t pixel;      // the first one
+  int32_t row;        // pixels between rows
 };
 
 // out[i] = mean over the pixels of x[pixel][i]. Sums of `chain` pixels are added up in memory.
@@ -180,7 +187,7 @@ struct Kernels {
   void (*prologue)(const PrologueArgs&);
   void (*winograd_in[2])(const WinogradIn&);    // F(2x2), F(4x4)
   void (*winograd_in_bf16)(const WinogradIn&);  // F(2x2); null: products of bfloat16 are computed in float32
-  void (*winograd_out[2])(const WinogradOut&);
+  void (*winograd_out[2])(const WinogradOut&, const Epilogue&);
   // max over `count` rows (each a pointer to `channels` floats); NaN wins, as in torch
   void (*max_rows)(const float* const* rows, int count, int channels, char* out, bool bf16_out);
   void (*mean)(const MeanArgs&);

@@ -388,39 +388,45 @@ void product(ProductArgs& args) {
   constexpr int kColumns = columns_of<Vectors>();
   const char* ahead = args.prefetch;
   const ptrdiff_t lda = args.lda;
-  for (int64_t tile = 0; tile < args.tiles; ++tile) {
-    const char* base[kBases];
+  for (int f = 0; f < args.frequencies; ++f) {
+    const char* a = args.a + f * args.a_frequency;
+    const ptrdiff_t weights = ptrdiff_t{f} * args.words * kColumns * 4;
+    float* out[2] = {args.c + f * args.c_frequency, kPanels > 1 ? args.c2 + f * args.c_frequency : nullptr};
+    for (int64_t tile = 0; tile < args.tiles; ++tile, a += kRows * lda) {
+      const char* base[kBases];
 #pragma GCC unroll 10
-    for (int j = 0; j < kBases; ++j) base[j] = args.a + (tile * kRows + 3 * j) * lda;
-    const float* b[kPanels];
-    b[0] = reinterpret_cast<const float*>(args.b);
-    if (kPanels > 1) b[kPanels - 1] = reinterpret_cast<const float*>(args.b2);
-    float* const out[2] = {args.c + tile * kRows * kColumns, kPanels > 1 ? args.c2 + tile * kRows * kColumns : nullptr};
-    Vec c[kRows][Vectors];
-    bool partial = false;
-    clear(c);
-    auto steps = [&](auto unroll) __attribute__((always_inline)) {
-      constexpr int kSteps = decltype(unroll)::value;
-      product_steps<Product, kRows, Vectors, kSteps>(c, base, lda, b);
+      for (int j = 0; j < kBases; ++j) base[j] = a + 3 * j * lda;
+      const float* b[kPanels];
+      b[0] = reinterpret_cast<const float*>(args.b + weights);
+      if (kPanels > 1) b[kPanels - 1] = reinterpret_cast<const float*>(args.b2 + weights);
+      Vec c[kRows][Vectors];
+      bool partial = false;
+      clear(c);
+      auto steps = [&](auto unroll) __attribute__((always_inline)) {
+        constexpr int kSteps = decltype(unroll)::value;
+        product_steps<Product, kRows, Vectors, kSteps>(c, base, lda, b);
 #pragma GCC unroll 10
-      for (int j = 0; j < kBases; ++j) base[j] += kSteps * 4;
+        for (int j = 0; j < kBases; ++j) base[j] += kSteps * 4;
 #pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) b[p] += kSteps * kColumns;
-    };
-    for (int k0 = 0; k0 < args.words; k0 += args.segment) {
-      if (k0 > 0) {
-        flush(partial, out, c);
-        clear(c);
-      }
-      int left = args.words - k0 < args.segment ? args.words - k0 : args.segment;
-      for (; left >= kUnroll; left -= kUnroll) {
-        prefetch_lines(args, ahead);
-        steps(Number<kUnroll>{});
-      }
+        for (int p = 0; p < kPanels; ++p) b[p] += kSteps * kColumns;
+      };
+      for (int k0 = 0; k0 < args.words; k0 += args.segment) {
+        if (k0 > 0) {
+          flush(partial, out, c);
+          clear(c);
+        }
+        int left = args.words - k0 < args.segment ? args.words - k0 : args.segment;
+        for (; left >= kUnroll; left -= kUnroll) {
+          prefetch_lines(args, ahead);
+          steps(Number<kUnroll>{});
+        }
 #pragma GCC unroll 1
-      for (; left > 0; --left) steps(Number<1>{});
+        for (; left > 0; --left) steps(Number<1>{});
+      }
+      flush(partial, out, c);
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) out[p] += kRows * kColumns;
     }
-    flush(partial, out, c);
   }
   args.prefetch = ahead;
 }
@@ -750,54 +756,122 @@ struct Winograd<4> {
   }
 };
 
+// Two columns of pixels are also those of the tile beside, and are transformed once.
 template <int kM, bool kBf16>
-void winograd_in(const WinogradIn& w) {
+void winograd_in(const WinogradIn& args) {
   constexpr int kT = kM + 2, kElement = kBf16 ? 2 : 4;
+  const WinogradIn w = args;  // a store may alias what a reference refers to
   for (int v = 0; v < w.channels; v += kLanes) {
+    const char* src = w.src + v * kElement;
+    char* dst = w.dst + v * kElement;
     Vec columns[kT][kT];  // [column][frequency along y]
-#pragma GCC unroll 6
-    for (int x = 0; x < kT; ++x) {
+    auto transform = [&](int x) __attribute__((always_inline)) {
       Vec d[kT];
 #pragma GCC unroll 6
-      for (int y = 0; y < kT; ++y)
-        d[y] = load_part<kBf16, true>(w.src + y * w.row + x * w.pixel + v * kElement, kLanes);
+      for (int y = 0; y < kT; ++y) d[y] = load_part<kBf16, true>(src + y * w.row + x * w.pixel, kLanes);
       Winograd<kM>::in(d, columns[x]);
+    };
+    transform(0);
+    transform(1);
+    for (int tile = 0; tile < w.tiles; ++tile, src += kM * w.pixel, dst += w.tile) {
+#pragma GCC unroll 6
+      for (int x = 2; x < kT; ++x) transform(x);
+#pragma GCC unroll 6
+      for (int y = 0; y < kT; ++y) {
+        Vec d[kT], o[kT];
+#pragma GCC unroll 6
+        for (int x = 0; x < kT; ++x) d[x] = columns[x][y];
+        Winograd<kM>::in(d, o);
+#pragma GCC unroll 6
+        for (int x = 0; x < kT; ++x) store_part<kBf16, true>(dst + (y * kT + x) * w.frequency, o[x], kLanes);
+      }
+#pragma GCC unroll 6
+      for (int y = 0; y < kT; ++y) {
+        columns[0][y] = columns[kM][y];
+        columns[1][y] = columns[kM + 1][y];
+      }
     }
+  }
+}
+// The pixels of one tile, a vector of channels of each.
+template <int kM, int kVectors>
+RF_INLINE void winograd_tile(const float* src, ptrdiff_t frequency, int vector, Vec (&pixels)[kM * kM][kVectors]) {
+  constexpr int kT = kM + 2;
+  Vec columns[kT][kM];  // [frequency along x][row]
 #pragma GCC unroll 6
-    for (int y = 0; y < kT; ++y) {
-      Vec d[kT], o[kT];
+  for (int x = 0; x < kT; ++x) {
+    Vec m[kT];
 #pragma GCC unroll 6
-      for (int x = 0; x < kT; ++x) d[x] = columns[x][y];
-      Winograd<kM>::in(d, o);
+    for (int y = 0; y < kT; ++y) m[y] = load(src + (y * kT + x) * frequency + vector * kLanes);
+    Winograd<kM>::out(m, columns[x]);
+  }
+#pragma GCC unroll 4
+  for (int y = 0; y < kM; ++y) {
+    Vec m[kT], o[kM];
 #pragma GCC unroll 6
-      for (int x = 0; x < kT; ++x)
-        store_part<kBf16, true>(w.dst + (y * kT + x) * w.frequency + v * kElement, o[x], kLanes);
+    for (int x = 0; x < kT; ++x) m[x] = columns[x][y];
+    Winograd<kM>::out(m, o);
+#pragma GCC unroll 4
+    for (int x = 0; x < kM; ++x) pixels[y * kM + x][vector] = o[x];
+  }
+}
+
+// Where pixel y, x of a tile goes; negative: it is dropped.
+template <int kM>
+RF_INLINE int32_t winograd_pixel(const WinogradOut& w, int tile, int y, int x) {
+  return y < w.rows && tile * kM + x < w.columns ? w.pixel + y * w.row + tile * kM + x : -1;
+}
+
+// The arguments by value: see epilogue_rows.
+template <int kM, bool kBf16, bool kStream, bool kResidual, int kVectors>
+void winograd_out_row(const WinogradOut w, const Epilogue e) {
+  alignas(64) char dropped[kVectors * kLanes * 4] = {};
+  const Vec floor = floor_of(e);
+  const float* src = w.src;
+  for (int tile = 0; tile < w.tiles; ++tile, src += kVectors * kLanes) {
+    Vec pixels[kM * kM][kVectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) winograd_tile<kM>(src, w.frequency, j, pixels);
+#pragma GCC unroll 4
+    for (int y = 0; y < kM; ++y) {
+#pragma GCC unroll 4
+      for (int x = 0; x < kM; ++x)
+        write_pixel<kBf16, kStream, kResidual>(e, floor, winograd_pixel<kM>(w, tile, y, x), pixels[y * kM + x],
+                                               dropped);
     }
   }
 }
 
-template <int kM>
-void winograd_out(const WinogradOut& w) {
-  constexpr int kT = kM + 2;
-  for (int v = 0; v < w.panel; v += kLanes) {
-    Vec columns[kT][kM];  // [frequency along x][row]
-#pragma GCC unroll 6
-    for (int x = 0; x < kT; ++x) {
-      Vec m[kT];
-#pragma GCC unroll 6
-      for (int y = 0; y < kT; ++y) m[y] = load(w.src + (y * kT + x) * w.frequency + v);
-      Winograd<kM>::out(m, columns[x]);
-    }
-#pragma GCC unroll 4
-    for (int y = 0; y < kM; ++y) {
-      Vec m[kT], o[kM];
-#pragma GCC unroll 6
-      for (int x = 0; x < kT; ++x) m[x] = columns[x][y];
-      Winograd<kM>::out(m, o);
-#pragma GCC unroll 4
-      for (int x = 0; x < kM; ++x) store(w.c + (y * kM + x) * w.panel + v, o[x]);
-    }
+template <int kM, int kVectors>
+void winograd_out_whole(const WinogradOut& w, const Epilogue& e) {
+  choose_epilogue<kVectors>(e, [&](auto bf16, auto stream, auto residual) __attribute__((always_inline)) {
+    winograd_out_row<kM, decltype(bf16)::value, decltype(stream)::value, decltype(residual)::value, kVectors>(w, e);
+  });
+}
+// A panel that is not full.
+template <int kM, int kVectors>
+void winograd_out_tail(const WinogradOut& w, const Epilogue& e) {
+  constexpr int kPixels = kM * kM;
+  Vec pixels[kPixels][kVectors];
+  int32_t dst[kPixels];
+  EpilogueArgs args;
+  static_cast<Epilogue&>(args) = e;
+  args.c = reinterpret_cast<const float*>(pixels);
+  args.panel = w.panel;
+  args.rows = kPixels;
+  args.dst = dst;
+  for (int tile = 0; tile < w.tiles; ++tile) {
+    for (int j = 0; j < kVectors; ++j) winograd_tile<kM>(w.src + tile * w.panel, w.frequency, j, pixels);
+    for (int i = 0; i < kPixels; ++i) dst[i] = winograd_pixel<kM>(w, tile, i / kM, i % kM);
+    epilogue(args);
   }
+}
+template <int kM>
+void winograd_out(const WinogradOut& w, const Epilogue& e) {
+  if (e.columns < w.panel)
+    w.panel == kPanel ? winograd_out_tail<kM, 2>(w, e) : winograd_out_tail<kM, 1>(w, e);
+  else
+    w.panel == kPanel ? winograd_out_whole<kM, 2>(w, e) : winograd_out_whole<kM, 1>(w, e);
 }
 
 // ---- pooling and conversion ------------------------------------------------------------------------------------
