@@ -230,6 +230,12 @@ struct Chain {
     return (rows - 1) * s.stride_h + s.dil_h * (s.r - 1) + 1;
   }
 
+  // Where the rows of a stage's input end that the first `rows` rows of its output read.
+  static int last_row(const Stage& st, int rows) {
+    const ConvShape& s = st.layer->shape;
+    return std::min(st.in_h, (rows - 1) * s.stride_h - s.pad_h + s.dil_h * (s.r - 1) + 1);
+  }
+
   // Takes the schedule, and sizes the levels for it.
   void fit(const Schedule& wanted) {
     plan = wanted;
@@ -244,7 +250,7 @@ struct Chain {
     for (int l = count - 1; l >= 0; --l) {
       Stage& st = stages[l];
       plan.workspace_bytes += winograd_bytes(st, rows) + gather_bytes(st);
-      rows = st.capacity = input_rows(st, rows);
+      rows = st.capacity = input_rows(st, rows) + (l > 0 && stages[l - 1].m ? stages[l - 1].m - 1 : 0);
       // slack: tiles at the end of a level read, and drop, a few pixels more
       if (!st.in_place)
         st.level_bytes =
@@ -324,6 +330,9 @@ class Unit {
     if (b.has_projection)
       projected_ = static_cast<char*>(workspace(Slot::kProjection, static_cast<size_t>(chain.projected_bytes())));
     pad_vectors();
+    const int n = chain.count;
+    last_[n] = b.pool.kernel ? std::min(chain.final_h, pooled_rows_end(end)) : end;
+    for (int l = n - 1; l >= 0; --l) last_[l] = Chain::last_row(chain.stages[l], last_[l + 1]);
   }
 
   // Everything, in the calling thread.
@@ -380,6 +389,7 @@ class Unit {
   bool first_step_ = true;       // of the unit: the weights come from far away
   int lo_[4] = {}, hi_[4] = {};  // rows of each level in use, before clipping; [count]: of the last layer's output
   int have_[4] = {};             // rows of the level below this were computed by earlier steps
+  int last_[4] = {};             // rows of the level that the unit reads end here
   struct Vectors {
     const float* scale = nullptr;
     const float* shift = nullptr;
@@ -455,6 +465,9 @@ class Unit {
     return level_[l] + (int64_t{image} * st.capacity + row - lo_[l]) * st.columns * st.pitch;
   }
 
+  // Where the rows end that the first `rows` rows of the pooling read.
+  int pooled_rows_end(int rows) const { return (rows - 1) * block_.pool.stride - block_.pool.pad + block_.pool.kernel; }
+
   // Which rows of each level this step reads; moves the kept ones to the front and zeroes those outside the image.
   void begin_step(int y0, int y1, bool first) {
     int old_lo[4];
@@ -464,7 +477,7 @@ class Unit {
     hi_[n] = y1;
     if (block_.pool.kernel) {
       lo_[n] = std::max(0, y0 * block_.pool.stride - block_.pool.pad);
-      hi_[n] = std::min(chain_.final_h, (y1 - 1) * block_.pool.stride - block_.pool.pad + block_.pool.kernel);
+      hi_[n] = std::min(chain_.final_h, pooled_rows_end(y1));
       if (first) {
         have_[n] = lo_[n];
       } else if (const int kept = have_[n] - lo_[n]; kept > 0) {
@@ -481,14 +494,18 @@ class Unit {
     for (int l = n - 1; l >= 0; --l) {
       const Stage& st = chain_.stages[l];
       const ConvShape& s = st.layer->shape;
-      const int from = have_[l + 1], to = hi_[l + 1];  // rows of the next level that this step computes
+      const int from = have_[l + 1];
+      int to = hi_[l + 1];  // rows of the next level that this step computes
       if (from >= to) {
         hi_[l] = have_[l];
         continue;
       }
+      // Winograd computes whole tiles: what is too much for this step, fewer rows than a step has, is the next one's.
+      if (st.m && l + 1 < n) to = std::min(last_[l + 1], from + round_up(to - from, st.m));
+      hi_[l + 1] = to;
       lo_[l] = from * s.stride_h - s.pad_h;
       hi_[l] = lo_[l] + Chain::input_rows(st, to - from);
-      const int real = std::min(st.in_h, (to - 1) * s.stride_h - s.pad_h + s.dil_h * (s.r - 1) + 1);
+      const int real = Chain::last_row(st, to);
       if (first) have_[l] = std::max(0, lo_[l]);
       if (!st.in_place) {
         const int64_t row = st.columns * st.pitch;
