@@ -283,7 +283,7 @@ class DenseBlock(_Layers):
     mid: int = 0
 
     op = "dense_block"
-    winograd = False
+    winograd = True
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:

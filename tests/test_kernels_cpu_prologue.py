@@ -178,7 +178,8 @@ def test_transition(isa, n, c, h, w, k, dtype, layout):
 def test_dense_block_of_densenet121(isa, n, h, w, dtype):
     """Bands, images by turns, shared rows, several images at a time: with growth 32 and a 1x1 to 128."""
     x, layers = support.image(n, 64, h, w, dtype, "nhwc"), dense_layers(64, 32, 128, 2, dtype)
-    check(cpu.dense_block(x, layers), dense_block, x, layers)
+    for algorithm in ("direct", "winograd2"):
+        check(cpu.dense_block(x, layers, algorithm=algorithm), dense_block, x, layers)
 
 
 def whole(arguments: Any) -> Any:
@@ -213,7 +214,8 @@ def test_integers_come_out_exactly(isa, dtype):
     assert torch.equal(cpu.transition(*arguments), transition(*mapped(Tensor.double, arguments)).to(dtype))
     x, layers = whole((x, dense_layers(24, 8, 32, 1, dtype)))
     exact = dense_block(*mapped(Tensor.double, (x, layers))).to(dtype)
-    assert torch.equal(cpu.dense_block(x, [DenseLayer(*layers[0])]), exact)
+    for algorithm in ("direct", "winograd2"):
+        assert torch.equal(cpu.dense_block(x, [DenseLayer(*layers[0])], algorithm=algorithm), exact)
 
 
 def test_padding_is_zero_behind_the_prologue(isa):

@@ -9,7 +9,7 @@ from support import EXAMPLES, bottleneck_case, conv_case
 from resnet_fused import plan, settings
 from resnet_fused.errors import BackendError
 from resnet_fused.kernels import cpu, native
-from resnet_fused.shapes import BasicBlock, Bottleneck, Conv, Stem
+from resnet_fused.shapes import BasicBlock, Bottleneck, Conv, DenseBlock, Stem
 
 CPU = torch.device("cpu")
 STAGE_1 = Bottleneck(16, 256, 56, 56, 64, 256)
@@ -18,6 +18,7 @@ SHAPES = {
     "bottleneck": STAGE_1,
     "basic block": BasicBlock(16, 64, 56, 56, 64, 64),
     "stem": Stem(16, 3, 224, 224, 64, 7, 7),
+    "dense block": DenseBlock(16, 64, 56, 56, 32, 6, 128),
 }
 needs_native = pytest.mark.skipif(not native.available(), reason="the native library is not built")
 
@@ -60,10 +61,11 @@ def test_accuracy_decides_about_winograd():
 
 
 @needs_native
-def test_layers_alone_do_not_round_what_they_transform(isa):
-    """A block rounds its output, and unfused each layer's, as well."""
-    strict = plan.algorithms(SHAPES["layer"], torch.bfloat16, "strict")
-    assert set(cpu.ALGORITHMS) - set(strict) == ({"winograd2"} if isa == "avx512_bf16" else set())
+def test_layers_and_dense_blocks_do_not_round_what_they_transform(isa):
+    """A residual block rounds its output, and unfused each layer's, as well."""
+    rounds = {"winograd2"} if isa == "avx512_bf16" else set()
+    for name, accuracy in (("layer", "strict"), ("dense block", "strict"), ("dense block", "fast")):
+        assert set(cpu.ALGORITHMS) - set(plan.algorithms(SHAPES[name], torch.bfloat16, accuracy)) == rounds
     assert plan.algorithms(SHAPES["layer"], torch.bfloat16, "fast") == cpu.ALGORITHMS
     for name in ("bottleneck", "basic block"):
         assert plan.algorithms(SHAPES[name], torch.bfloat16, "strict") == cpu.ALGORITHMS
@@ -130,7 +132,7 @@ def test_named_backend(name):
     for backend in ("vendor", "reference"):
         choice = choose(SHAPES[name], backend=backend)
         assert choice.backend == backend
-        assert choice.composed == (name in ("bottleneck", "basic block", "stem"))
+        assert choice.composed == (name != "layer")
 
 
 def test_without_the_native_library(no_native):

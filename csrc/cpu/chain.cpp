@@ -250,15 +250,16 @@ struct Chain {
     for (int l = count - 1; l >= 0; --l) {
       Stage& st = stages[l];
       plan.workspace_bytes += winograd_bytes(st, rows) + gather_bytes(st);
-      rows = st.capacity = input_rows(st, rows) + (l > 0 && stages[l - 1].m ? stages[l - 1].m - 1 : 0);
+      const int needed = input_rows(st, rows), m = l > 0 && stages[l - 1].m ? stages[l - 1].m : 1;
+      st.capacity = needed + m - 1;  // whole tiles of the layer before
       // slack: tiles at the end of a level read, and drop, a few pixels more
       if (!st.in_place)
-        st.level_bytes =
-            (int64_t{plan.images} * rows * st.columns + 2 * tiles_of(st.pack).tallest * st.layer->shape.stride_w) *
-                st.pitch +
-            4096;
+        st.level_bytes = (int64_t{plan.images} * st.capacity * st.columns +
+                          2 * tiles_of(st.pack).tallest * st.layer->shape.stride_w) *
+                             st.pitch +
+                         4096;
       plan.workspace_bytes += st.level_bytes;
-      rows = std::min(rows, st.in_h);
+      rows = std::min(round_up(needed, m), st.in_h);
     }
     if (block.has_projection) plan.workspace_bytes += gather_bytes(projection) + projected_bytes();
     ahead_layer = count == 1 ? 0 : 1;
