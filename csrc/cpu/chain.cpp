@@ -1068,23 +1068,27 @@ class Unit {
 
   // ---- pooling ---------------------------------------------------------------------------------------------------
   void pool_rows(int y0, int y1) {
-    static thread_local std::vector<const float*> window;
     const Pool& pool = block_.pool;
-    const int channels = chain_.stages[chain_.count - 1].layer->shape.k;
-    const int h = chain_.final_h, w = chain_.final_w, out_h = chain_.out_h, out_w = chain_.out_w;
+    const int h = chain_.final_h, first = lo_[chain_.count];
+    MaxPoolArgs p{};
+    p.pixel = chain_.pool_pitch / 4;
+    p.row = chain_.final_w * p.pixel;
+    p.width = chain_.final_w;
+    p.kernel = pool.kernel;
+    p.stride = pool.stride;
+    p.pad = pool.pad;
+    p.windows = chain_.out_w;
+    p.channels = chain_.stages[chain_.count - 1].layer->shape.k;
+    p.out_pitch = chain_.out_pixel;
+    p.bf16 = block_.dtype == DType::kBf16;
     for (int image = 0; image < images_; ++image)
-      for (int y = y0; y < y1; ++y)
-        for (int x = 0; x < out_w; ++x) {
-          const int top = y * pool.stride - pool.pad, left = x * pool.stride - pool.pad;
-          window.clear();
-          for (int r = std::max(0, top); r < std::min(h, top + pool.kernel); ++r)
-            for (int q = std::max(0, left); q < std::min(w, left + pool.kernel); ++q)
-              window.push_back(pool_ + ((int64_t{image} * chain_.pool_capacity + r - lo_[chain_.count]) * w + q) *
-                                           chain_.pool_pitch / 4);
-          kernels_.max_rows(window.data(), static_cast<int>(window.size()), channels,
-                            out_ + ((int64_t{image} * out_h + y) * out_w + x) * chain_.out_pixel,
-                            block_.dtype == DType::kBf16);
-        }
+      for (int y = y0; y < y1; ++y) {
+        const int top = std::max(0, y * pool.stride - pool.pad);
+        p.rows = std::min(h, pooled_rows_end(y + 1)) - top;
+        p.x = pool_ + (int64_t{image} * chain_.pool_capacity + top - first) * p.row;
+        p.out = out_ + (int64_t{image} * chain_.out_h + y) * chain_.out_w * chain_.out_pixel;
+        kernels_.max_pool(p);
+      }
   }
 };
 

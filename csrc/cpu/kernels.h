@@ -140,6 +140,19 @@ struct WinogradOut {
   int32_t row;        // pixels between rows
 };
 
+// out[i] = max over window i: `rows` rows of the pixels [i * stride - pad, i * stride - pad + kernel) that there are. A
+// NaN wins, as in torch.
+struct MaxPoolArgs {
+  const float* x;        // [row][pixel][channel], the first row of the windows
+  ptrdiff_t row, pixel;  // in floats
+  int rows, width;       // of x
+  int kernel, stride, pad;
+  int windows, channels;
+  char* out;
+  ptrdiff_t out_pitch;  // bytes between pixels
+  bool bf16;            // out
+};
+
 // out[i] = mean over the pixels of x[pixel][i]. Sums of `chain` pixels are added up in memory.
 struct MeanArgs {
   const char* x;
@@ -188,8 +201,7 @@ struct Kernels {
   void (*winograd_in[2])(const WinogradIn&);    // F(2x2), F(4x4)
   void (*winograd_in_bf16)(const WinogradIn&);  // F(2x2); null: products of bfloat16 are computed in float32
   void (*winograd_out[2])(const WinogradOut&, const Epilogue&);
-  // max over `count` rows (each a pointer to `channels` floats); NaN wins, as in torch
-  void (*max_rows)(const float* const* rows, int count, int channels, char* out, bool bf16_out);
+  void (*max_pool)(const MaxPoolArgs&);
   void (*mean)(const MeanArgs&);
   void (*linear)(const LinearArgs&);
 };

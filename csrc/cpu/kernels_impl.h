@@ -874,28 +874,60 @@ void winograd_out(const WinogradOut& w, const Epilogue& e) {
     w.panel == kPanel ? winograd_out_whole<kM, 2>(w, e) : winograd_out_whole<kM, 1>(w, e);
 }
 
-// ---- pooling and conversion ------------------------------------------------------------------------------------
-void max_rows(const float* const* rows, int count, int channels, char* out, bool bf16_out) {
-  int v = 0;
-  for (; v + kLanes <= channels; v += kLanes) {
-    Vec m = load(rows[0] + v);
-    for (int r = 1; r < count; ++r) m = max_nan(m, load(rows[r] + v));
-    if (bf16_out)
-      store_bf16(reinterpret_cast<uint16_t*>(out) + v, m);
-    else
-      store(reinterpret_cast<float*>(out) + v, m);
-  }
-  for (; v < channels; ++v) {
-    float m = rows[0][v];
-    for (int r = 1; r < count; ++r) m = rows[r][v] > m || rows[r][v] != rows[r][v] ? rows[r][v] : m;
-    if (bf16_out) {
-      uint16_t half[kLanes];
-      store_bf16(half, splat(m));
-      reinterpret_cast<uint16_t*>(out)[v] = half[0];
-    } else {
-      reinterpret_cast<float*>(out)[v] = m;
+// ---- max pooling -----------------------------------------------------------------------------------------------
+// `kVectors` vectors of channels, or `count` channels where that is less than one; kRows rows, or p.rows. Where windows
+// overlap by one pixel, as those of 3x3 and stride 2, its column is reduced once.
+template <bool kBf16, int kVectors, int kRows, bool kWhole>
+void max_pool_vectors(const MaxPoolArgs p, int channel, int count) {
+  const int rows = kRows ? kRows : p.rows;
+  Vec column[kVectors] = {};  // the largest of a column of pixels
+  auto reduce = [&](int x) __attribute__((always_inline)) {
+    auto pixel = [&](int row, int j) __attribute__((always_inline)) {
+      const float* const v = p.x + row * p.row + x * p.pixel + channel + j * kLanes;
+      return load_part<false, kWhole>(reinterpret_cast<const char*>(v), count);
+    };
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) column[j] = pixel(0, j);
+#pragma GCC unroll 3
+    for (int r = 1; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) column[j] = max_nan(column[j], pixel(r, j));
     }
+  };
+  char* out = p.out + channel * (kBf16 ? 2 : 4);
+  for (int i = 0, reduced = 0; i < p.windows; ++i, out += p.out_pitch) {
+    const int left = i * p.stride - p.pad, right = left + p.kernel;
+    int x = left > 0 ? left : 0;
+    const int end = right < p.width ? right : p.width;
+    if (x != reduced - 1) reduce(x);
+    Vec largest[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) largest[j] = column[j];
+    while (++x < end) {
+      reduce(x);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) largest[j] = max_nan(largest[j], column[j]);
+    }
+    reduced = end;
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) store_part<kBf16, kWhole>(out + j * kLanes * (kBf16 ? 2 : 4), largest[j], count);
   }
+}
+
+template <bool kBf16, int kRows>
+void max_pool_typed(const MaxPoolArgs& p) {
+  constexpr int kVectors = 4;
+  int c = 0;
+  for (; c + kVectors * kLanes <= p.channels; c += kVectors * kLanes)
+    max_pool_vectors<kBf16, kVectors, kRows, true>(p, c, kLanes);
+  for (; c + kLanes <= p.channels; c += kLanes) max_pool_vectors<kBf16, 1, kRows, true>(p, c, kLanes);
+  if (c < p.channels) max_pool_vectors<kBf16, 1, kRows, false>(p, c, p.channels - c);
+}
+void max_pool(const MaxPoolArgs& p) {
+  if (p.rows == 3)
+    p.bf16 ? max_pool_typed<true, 3>(p) : max_pool_typed<false, 3>(p);
+  else
+    p.bf16 ? max_pool_typed<true, 0>(p) : max_pool_typed<false, 0>(p);
 }
 
 // ---- the end of a classifier -----------------------------------------------------------------------------------
@@ -1073,7 +1105,7 @@ constexpr Kernels make_table() {
   k.winograd_in[1] = winograd_in<4, false>;
   k.winograd_out[0] = winograd_out<2>;
   k.winograd_out[1] = winograd_out<4>;
-  k.max_rows = max_rows;
+  k.max_pool = max_pool;
   k.mean = mean;
   k.linear = linear;
   return k;
