@@ -698,13 +698,17 @@ class Unit {
     return best;
   }
 
+  // A tile's call and its ends take as long as kTileEnds steps of one row: of 16 words, a quarter of a small tile.
+  static constexpr double kTileEnds = 30;
   Tile choose_direct_tile(const Stage& st, int rows, int panel_count) const {
+    const double steps = static_cast<double>(st.pack.words) * st.pack.taps;
     return choose_tile(st, panel_count, [&](int sub) {
       const bool flat = st.layer->shape.stride_w == 1 && st.layer->shape.stride_h == 1;
       int64_t count = ceil_div(st.out_w, sub) * rows;
       if (st.in_place && (flat || st.gather)) count = ceil_div(int64_t{rows} * st.out_w, sub);
       if (flat && !st.in_place) count = std::min(count, ceil_div(int64_t{rows - 1} * st.columns + st.out_w, sub));
-      return round_up<int64_t>(count * images_, 2) * sub;
+      const auto tiles = static_cast<double>(ceil_div(count * images_, 2));
+      return tiles * (2 * sub + kTileEnds / steps);
     });
   }
 
