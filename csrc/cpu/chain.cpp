@@ -11,6 +11,7 @@
 #include <climits>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -675,6 +676,7 @@ class Unit {
     int sub, panels;
     GemmFn gemm;
     ProductFn product;
+    PointwiseFn pointwise;
     bool to_memory;  // no epilogue of its own
   };
   // The one with the least time for what it computes, waste at the edges included; the tallest where equal.
@@ -690,11 +692,13 @@ class Unit {
       const auto rows = static_cast<double>(rows_computed(sub));
       if (best.sub && rows >= least) continue;
       least = rows;
-      best = {sub, 1, tiles.of_height[sub], tiles.product_of_height[sub], tiles.to_memory};
+      best = {
+          sub, 1, tiles.of_height[sub], tiles.product_of_height[sub], tiles.pointwise_of_height[sub], tiles.to_memory};
     }
     if (kernels_.wide_sub && !st.pack.bf16 && !narrow && !st.by_row && panel_count % 2 == 0 &&
         st.layer->shape.groups == 1 && static_cast<double>(rows_computed(kernels_.wide_sub)) * wide_tile_cost() < least)
-      best = {kernels_.wide_sub, 2, kernels_.gemm_f32_wide, kernels_.product_f32_wide, false};
+      best = {kernels_.wide_sub,           2,    kernels_.gemm_f32_wide, kernels_.product_f32_wide,
+              kernels_.pointwise_f32_wide, false};
     return best;
   }
 
@@ -709,6 +713,20 @@ class Unit {
       if (flat && !st.in_place) count = std::min(count, ceil_div(int64_t{rows - 1} * st.columns + st.out_w, sub));
       const auto tiles = static_cast<double>(ceil_div(count * images_, 2));
       return tiles * (2 * sub + kTileEnds / steps);
+    });
+  }
+
+  // Of a 1x1 layer's runs of `pixels`, of which `together` follow each other in the output. The end of a tile overlaps
+  // with the products of the next one, but for one whose pixels do not follow each other.
+  static constexpr double kRunTileEnds = 8, kApartEnds = 60;
+  Tile choose_pointwise_tile(const Stage& st, int64_t pixels, int64_t together, int panel_count) const {
+    const double words = st.pack.words;
+    return choose_tile(st, panel_count, [&](int sub) {
+      const int64_t high = int64_t{2} * sub, tiles = ceil_div(pixels, high);
+      const int64_t breaks = (pixels - 1) / together;  // within the run; those at the end of a tile do not count
+      const int64_t apart = (pixels % high != 0) + breaks - breaks / (high / std::gcd(high, together));
+      return static_cast<double>(tiles) * (static_cast<double>(high) + kRunTileEnds / words) +
+             static_cast<double>(apart) * kApartEnds / words;
     });
   }
 
@@ -757,11 +775,18 @@ class Unit {
       rows.pitch = int64_t{st.layer->shape.k} * element_size(block_.dtype);
       rows.base = projected_ - int64_t{have_[l + 1]} * out.columns * rows.pitch;
       rows.stream = false;
-      direct(kProjection, chain_.projection, rows, {}, from, to, panel_begin, panel_end);
+      convolve(kProjection, chain_.projection, rows, {}, from, to, panel_begin, panel_end);
       shortcut = {rows.base, rows.pitch};
     }
     if (st.m)
       winograd_multiply(l, out, shortcut, from, to, panel_begin, panel_end);
+    else
+      convolve(l, st, out, shortcut, from, to, panel_begin, panel_end);
+  }
+  void convolve(int l, const Stage& st, const Output& out, const Shortcut& shortcut, int from, int to, int panel_begin,
+                int panel_end) {
+    if (is_run(st))
+      pointwise(l, st, out, shortcut, from, to, panel_begin, panel_end);
     else
       direct(l, st, out, shortcut, from, to, panel_begin, panel_end);
   }
@@ -918,6 +943,114 @@ class Unit {
     }
     finish();
     if (st.pack.bf16) kernels_.end();
+  }
+
+  // Whether a layer is a 1x1 whose pixels lie one after the other where the register tile reads them.
+  bool is_run(const Stage& st) const {
+    const ConvShape& s = st.layer->shape;
+    const Tiles& tiles = chain_.tiles_of(st.pack);
+    if (s.r != 1 || s.s != 1 || s.groups != 1 || !tiles.pointwise_of_height[tiles.tallest]) return false;
+    if (st.in_place && st.gather) return true;
+    return !st.gather && s.stride_h == 1 && s.stride_w == 1 && (st.in_place || st.columns == st.in_w);
+  }
+
+  // A 1x1 layer. `l`: its level and vectors.
+  void pointwise(int l, const Stage& st, const Output& out, const Shortcut& shortcut, int from, int to, int panel_begin,
+                 int panel_end) {
+    const int w = st.out_w, rows = to - from;
+    // Pixels of the step, image after image. A run of them is what lies without a gap: all, or an image's.
+    const int64_t of_image = int64_t{rows} * w, count = images_ * of_image;
+    const bool one_run = images_ == 1 || st.gather || rows == (st.in_place ? st.in_h : st.capacity);
+    // Pixels that follow each other in the output: all, an image's, or a row's.
+    const bool whole_rows = out.columns == w, whole_images = whole_rows && (images_ == 1 || out.image == of_image);
+    const int64_t together = whole_images ? count : whole_rows ? of_image : w;
+    const Tile tile = choose_pointwise_tile(st, one_run ? count : of_image, together, panel_end - panel_begin);
+    const int sub = tile.sub, panel = st.pack.panel;
+    int64_t group = count;
+    char* gathered = nullptr;
+    if (st.gather) {
+      group = std::min(group, Chain::group_tiles(st, sub) * 2 * sub);
+      gathered = static_cast<char*>(workspace(Slot::kPacked, static_cast<size_t>(chain_.gather_bytes(st))));
+    }
+    const int panel_floats = 2 * sub * panel;
+    const int64_t steps = st.pack.words / chain_.step(st);  // of a tile
+    Ahead ahead(l == chain_.ahead_layer ? &ahead_ : nullptr,
+                (panel_end - panel_begin) / tile.panels * ceil_div(count, 2 * sub) * steps);
+    PointwiseArgs args{};
+    args.c = static_cast<float*>(workspace(Slot::kTiles, static_cast<size_t>(tile.panels) * panel_floats * 4));
+    args.c2 = args.c + panel_floats;
+    args.words = st.pack.words;
+    args.segment = chain_.segment(st);
+    args.lda = st.gather ? st.gather_pitch : st.pitch;
+    args.first = static_cast<int32_t>(int64_t{from - out.origin_row} * out.columns + out.origin);
+    args.width = static_cast<int>(together);
+    args.row = out.columns;
+    args.of_image = static_cast<int>(whole_images ? count : of_image);
+    args.image = static_cast<int32_t>(out.image);
+    for (int64_t g = 0; g < count; g += group) {
+      const int64_t group_end = std::min(count, g + group);
+      if (gathered) gather_run(st, from, of_image, g, group_end, gathered);
+      for (int n = panel_begin; n < panel_end; n += tile.panels) {
+        Epilogue e[2];
+        for (int p = 0; p < tile.panels; ++p) e[p] = epilogue(l, st, out, shortcut, n + p);
+        args.epilogue = e;
+        args.b = weights(st) + n * st.pack.panel_bytes;
+        args.b2 = args.b + st.pack.panel_bytes;
+        if (first_step_ && g == 0) {
+          const int next = n + tile.panels;
+          const char* const first = weights(st) + next * st.pack.panel_bytes;
+          const int64_t all = ceil_div(group_end, 2 * sub) * steps;
+          if (next >= panel_end)
+            ahead.weights(after(l, panel_begin, panels(st)), {}, all);
+          else
+            ahead.weights({first, st.pack.panel_bytes},
+                          {first + st.pack.panel_bytes, tile.panels > 1 ? st.pack.panel_bytes : 0}, all);
+        }
+        for (int64_t i = g, end; i < group_end; i = end) {
+          end = one_run ? group_end : std::min(group_end, (i / of_image + 1) * of_image);
+          args.pixels = static_cast<int>(end - i);
+          args.place = static_cast<int>(i);
+          args.readable = INT_MAX;
+          if (gathered) {
+            args.a = gathered + (i - g) * args.lda;
+          } else if (st.in_place) {  // no tile may read past x
+            const int64_t start = (i / of_image * st.in_h + from) * st.in_w + i % of_image;
+            args.a = x_ + start * args.lda;
+            args.readable = (int64_t{block_.n} - image_) * st.in_h * st.in_w - start;
+          } else {
+            args.a = level_row(l, static_cast<int>(i / of_image), from) + i % of_image * args.lda;
+          }
+          ahead.multiply(tile.pointwise, args);
+        }
+      }
+    }
+  }
+
+  // Pixels [begin, end) of those that a 1x1 layer reads for the output rows from `from` on, `of_image` of each image.
+  void gather_run(const Stage& st, int from, int64_t of_image, int64_t begin, int64_t end, char* d) const {
+    static thread_local std::vector<int32_t> pixels;
+    const ConvShape& s = st.layer->shape;
+    const int64_t step_x = int64_t{s.stride_w} * chain_.input_step(),
+                  step_y = int64_t{s.stride_h} * chain_.input_step();
+    const int64_t bytes = int64_t{st.pack.words} * 4;
+    const bool dense = step_x == 1 && step_y == 1;
+    pixels.clear();
+    for (int64_t i = begin; i < end;) {  // row by row, or the part of an image in one piece
+      const int64_t image = i / of_image, place = i % of_image, y = from + place / st.out_w, x = place % st.out_w;
+      const int64_t first = (image * block_.h + y * step_y) * block_.w + x * step_x;
+      if (dense) {
+        const int64_t piece = std::min(end, (image + 1) * of_image) - i;
+        copy_pixels(x_ + first * chain_.x_pixel, nullptr, static_cast<int>(piece), d, st.gather_pitch, st.pack.bf16,
+                    bytes);
+        d += piece * st.gather_pitch;
+        i += piece;
+        continue;
+      }
+      const int64_t piece = std::min<int64_t>(end - i, st.out_w - x);
+      for (int64_t j = 0; j < piece; ++j) pixels.push_back(static_cast<int32_t>(first + j * step_x));
+      i += piece;
+    }
+    if (!dense) copy_pixels(x_, pixels.data(), static_cast<int>(end - begin), d, st.gather_pitch, st.pack.bf16, bytes);
   }
 
   // The first weights of what is computed after a layer, by the thread that has the layer's panels from `panel` on, of

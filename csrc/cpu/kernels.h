@@ -96,12 +96,36 @@ struct ProductArgs {
 };
 using ProductFn = void (*)(ProductArgs&);
 
+// A 1x1 convolution of a run of pixels that lie one after the other: all tiles of a panel in one call, their sums to
+// their pixels from the registers. Its sums are short (16 words in pre-activation ResNet-164): what a call of GemmFn
+// for each tile takes, and that the end of a tile does not overlap with the products of the next one, is up to 0.7 of
+// them.
+struct PointwiseArgs {
+  const char* a;
+  ptrdiff_t lda;  // bytes between pixels
+  int pixels;
+  int64_t readable;  // pixels from `a` on, at least `pixels`; before them there are as many as a tile has
+  int words;
+  const char *b, *b2;        // b2: of the next panel, wide tiles only
+  const Epilogue* epilogue;  // of each panel; columns may be missing
+  // Pixel i goes to pixel first + p / of_image * image + p % of_image / width * row + p % of_image % width, p being
+  // place + i: an image's rows of `width` pixels need not follow each other, nor need the images.
+  int32_t first, row, image;
+  int width, of_image, place;
+  float *c, *c2;  // room for the sums of a tile
+  int segment;    // as in GemmArgs, as are these
+  const char *prefetch, *prefetch_end;
+  int prefetch_lines;
+};
+using PointwiseFn = void (*)(PointwiseArgs&);
+
 // Register tiles of one kind, by height of the sub-tile; null where there is none of that height.
 struct Tiles {
   GemmFn of_height[kMaxSubTile + 1];
-  ProductFn product_of_height[kMaxSubTile + 1];  // of two sub-tiles; none for AMX
-  int tallest;                                   // 0: there are none
-  bool to_memory;                                // no epilogue
+  ProductFn product_of_height[kMaxSubTile + 1];      // of two sub-tiles; none for AMX
+  PointwiseFn pointwise_of_height[kMaxSubTile + 1];  // of two sub-tiles; none for AMX
+  int tallest;                                       // 0: there are none
+  bool to_memory;                                    // no epilogue
 };
 
 // out[i] = relu(x[pixels[i]] * scale + shift), rounded to x's type, for every row i; or the average of that over 2x2
@@ -189,6 +213,7 @@ struct Kernels {
   int wide_sub;                   // height of a sub-tile of the wide tile, two panels at once; 0: none
   GemmFn gemm_f32_wide;
   ProductFn product_f32_wide;
+  PointwiseFn pointwise_f32_wide;
   Tiles bf16, bf16_narrow;   // empty: no such instruction, compute in float32
   int bf16_word_multiple;    // words per tap are padded to a multiple of this ...
   int bf16_narrow_multiple;  // ... and for narrow panels

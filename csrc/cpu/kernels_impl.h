@@ -40,20 +40,29 @@ RF_INLINE void store_part(char* p, Vec v, int count) {
 }
 
 // ---- epilogue --------------------------------------------------------------------------------------------------
-// One pixel. Where it is dropped it goes to a place of its own: if there are some in every row of an image, a branch is
-// mispredicted. `floor`: zero for ReLU, else minus infinity.
+// Scale and shift of a panel. In registers: a store might change them, which would be read again for every pixel.
+template <int kVectors>
+struct Affine {
+  Vec scale[kVectors], shift[kVectors], floor;  // floor: zero for ReLU, else minus infinity
+  RF_INLINE explicit Affine(const Epilogue& e) : floor(splat(e.relu ? 0.0f : -__builtin_inff())) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) {
+      scale[j] = load(e.scale + j * kLanes);
+      shift[j] = load(e.shift + j * kLanes);
+    }
+  }
+};
+
+// One pixel: `r` its residual, `o` its output.
 template <bool kBf16, bool kStream, bool kResidual, int kVectors>
-RF_INLINE void write_pixel(const Epilogue& e, Vec floor, ptrdiff_t pixel, const Vec (&sum)[kVectors], char* dropped) {
+RF_INLINE void write_vectors(const Affine<kVectors>& affine, const char* r, char* o, const Vec (&sum)[kVectors]) {
   constexpr int kVectorBytes = kLanes * (kBf16 ? 2 : 4);
-  if (kStream && pixel < 0) return;
-  const char* const r = pixel < 0 ? dropped : e.residual + pixel * e.residual_pitch;
-  char* const o = pixel < 0 ? dropped : e.out + pixel * e.out_pitch;
   Vec v[kVectors];
 #pragma GCC unroll 2
   for (int j = 0; j < kVectors; ++j) {
-    v[j] = fma(sum[j], load(e.scale + j * kLanes), load(e.shift + j * kLanes));
+    v[j] = fma(sum[j], affine.scale[j], affine.shift[j]);
     if (kResidual) v[j] += load_part<kBf16, true>(r + j * kVectorBytes, kLanes);
-    v[j] = at_least(floor, v[j]);
+    v[j] = at_least(affine.floor, v[j]);
   }
   if (kStream && kBf16) {
     stream_bf16_pair(reinterpret_cast<uint16_t*>(o), v[0], v[kVectors - 1]);
@@ -67,7 +76,16 @@ RF_INLINE void write_pixel(const Epilogue& e, Vec floor, ptrdiff_t pixel, const 
       store_part<kBf16, true>(o + j * kVectorBytes, v[j], kLanes);
   }
 }
-RF_INLINE Vec floor_of(const Epilogue& e) { return splat(e.relu ? 0.0f : -__builtin_inff()); }
+// Where a pixel is dropped it goes to a place of its own: if there are some in every row of an image, a branch is
+// mispredicted.
+template <bool kBf16, bool kStream, bool kResidual, int kVectors>
+RF_INLINE void write_pixel(const Epilogue& e, const Affine<kVectors>& affine, ptrdiff_t pixel,
+                           const Vec (&sum)[kVectors], char* dropped) {
+  if (kStream && pixel < 0) return;
+  const char* const r = pixel < 0 ? dropped : e.residual + pixel * e.residual_pitch;
+  char* const o = pixel < 0 ? dropped : e.out + pixel * e.out_pitch;
+  write_vectors<kBf16, kStream, kResidual>(affine, r, o, sum);
+}
 
 // f(type, stream, residual), each a Whole<...>: what an epilogue of full panels is, known when it is compiled.
 template <int kVectors, class F>
@@ -90,12 +108,12 @@ RF_INLINE void choose_epilogue(const Epilogue& e, F f) {
 template <bool kBf16, bool kStream, bool kResidual, int kVectors>
 void epilogue_rows(const EpilogueArgs e) {
   alignas(64) char dropped[kVectors * kLanes * 4] = {};
-  const Vec floor = floor_of(e);
+  const Affine<kVectors> affine(e);
   for (int i = 0; i < e.rows; ++i) {
     Vec sum[kVectors];
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) sum[j] = load(e.c + (i * kVectors + j) * kLanes);
-    write_pixel<kBf16, kStream, kResidual>(e, floor, e.dst[i], sum, dropped);
+    write_pixel<kBf16, kStream, kResidual>(e, affine, e.dst[i], sum, dropped);
   }
 }
 
@@ -287,14 +305,14 @@ RF_INLINE void write_rows(const Epilogue e, const int32_t* const first, const in
   constexpr int kOfPanel = Vectors == 1 ? 1 : 2;
   alignas(64) char dropped[kOfPanel * kLanes * 4];
   if (!kStream) std::memset(dropped, 0, sizeof dropped);
-  const Vec floor = floor_of(e);
+  const Affine<kOfPanel> affine(e);
 #pragma GCC unroll 28
   for (int i = 0; i < Rows; ++i) {
     Vec sum[kOfPanel];
 #pragma GCC unroll 2
     for (int j = 0; j < kOfPanel; ++j) sum[j] = c[i][kFirst + j];
     const ptrdiff_t pixel = i < Rows / 2 ? first[i] : second[i - Rows / 2];
-    write_pixel<kBf16, kStream, kResidual>(e, floor, pixel, sum, dropped);
+    write_pixel<kBf16, kStream, kResidual>(e, affine, pixel, sum, dropped);
   }
 }
 template <int kFirst, int Rows, int Vectors>
@@ -426,6 +444,111 @@ void product(ProductArgs& args) {
       flush(partial, out, c);
 #pragma GCC unroll 2
       for (int p = 0; p < kPanels; ++p) out[p] += kRows * kColumns;
+    }
+  }
+  args.prefetch = ahead;
+}
+
+// The sums of one panel, whose vectors are from kFirst on, to pixels that follow each other. The arguments by value:
+// see epilogue_rows.
+template <bool kBf16, bool kStream, bool kResidual, int kFirst, int Rows, int Vectors>
+RF_INLINE void write_run(const Epilogue e, ptrdiff_t pixel, const Vec (&c)[Rows][Vectors]) {
+  constexpr int kOfPanel = Vectors == 1 ? 1 : 2;
+  const Affine<kOfPanel> affine(e);
+  const char* r = e.residual + pixel * e.residual_pitch;
+  char* o = e.out + pixel * e.out_pitch;
+#pragma GCC unroll 28
+  for (int i = 0; i < Rows; ++i, r += e.residual_pitch, o += e.out_pitch) {
+    Vec sum[kOfPanel];
+#pragma GCC unroll 2
+    for (int j = 0; j < kOfPanel; ++j) sum[j] = c[i][kFirst + j];
+    write_vectors<kBf16, kStream, kResidual>(affine, r, o, sum);
+  }
+}
+template <int kFirst, int Rows, int Vectors>
+RF_INLINE void write_run_of(const Epilogue& e, ptrdiff_t pixel, const Vec (&c)[Rows][Vectors]) {
+  choose_epilogue<Vectors == 1 ? 1 : 2>(e, [&](auto bf16, auto stream, auto residual) __attribute__((always_inline)) {
+    write_run<decltype(bf16)::value, decltype(stream)::value, decltype(residual)::value, kFirst>(e, pixel, c);
+  });
+}
+
+// Where the output's pixels are: as unsigned numbers of 32 bits, whose division is short.
+struct Place {
+  uint32_t column;  // in a row of the image
+  ptrdiff_t pixel;
+  RF_INLINE Place(const PointwiseArgs& args, ptrdiff_t i) {
+    const auto p = static_cast<uint32_t>(args.place + i), of_image = static_cast<uint32_t>(args.of_image);
+    const auto width = static_cast<uint32_t>(args.width);
+    const uint32_t image = p / of_image, q = p % of_image;
+    column = q % width;
+    pixel = args.first + ptrdiff_t{image} * args.image + ptrdiff_t{q / width} * args.row + column;
+  }
+};
+
+// The same from memory, of a tile whose pixels do not all follow each other: the end of an image row, or of the run.
+// `begin`: of the run, the tile's first pixel, may be negative; those before `written` are not written again.
+template <int Rows, int Vectors>
+void write_apart(const PointwiseArgs& args, ptrdiff_t begin, ptrdiff_t written) {
+  constexpr int kPanels = panels_of<Vectors>(), kColumns = columns_of<Vectors>();
+  int32_t dst[Rows];
+  for (int i = 0; i < Rows; ++i) {
+    const ptrdiff_t pixel = begin + i;
+    const bool valid = pixel >= written && pixel < args.pixels;
+    dst[i] = valid ? static_cast<int32_t>(Place(args, pixel).pixel) : -1;
+  }
+  for (int p = 0; p < kPanels; ++p) epilogue({args.epilogue[p], p ? args.c2 : args.c, kColumns, Rows, dst});
+}
+
+template <class Product, int Sub, int Vectors>
+void pointwise(PointwiseArgs& args) {
+  constexpr int kRows = 2 * Sub, kBases = (kRows + 2) / 3, kPanels = panels_of<Vectors>();
+  constexpr int kColumns = columns_of<Vectors>();
+  const char* ahead = args.prefetch;
+  const ptrdiff_t lda = args.lda;
+  float* const out[2] = {args.c, args.c2};
+  bool whole = true;  // panels
+  for (int p = 0; p < kPanels; ++p) whole = whole && args.epilogue[p].columns == kColumns;
+  for (ptrdiff_t first = 0, written = 0; written < args.pixels; written += kRows) {
+    first = written + kRows <= args.readable ? written : static_cast<ptrdiff_t>(args.readable) - kRows;
+    const char* base[kBases];
+#pragma GCC unroll 10
+    for (int j = 0; j < kBases; ++j) base[j] = args.a + (first + 3 * j) * lda;
+    const float* b[kPanels];
+    b[0] = reinterpret_cast<const float*>(args.b);
+    if (kPanels > 1) b[kPanels - 1] = reinterpret_cast<const float*>(args.b2);
+    Vec c[kRows][Vectors];
+    bool partial = false;
+    clear(c);
+    auto steps = [&](auto unroll) __attribute__((always_inline)) {
+      constexpr int kSteps = decltype(unroll)::value;
+      product_steps<Product, kRows, Vectors, kSteps>(c, base, lda, b);
+#pragma GCC unroll 10
+      for (int j = 0; j < kBases; ++j) base[j] += kSteps * 4;
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) b[p] += kSteps * kColumns;
+    };
+    for (int k0 = 0; k0 < args.words; k0 += args.segment) {
+      if (k0 > 0) {
+        flush(partial, out, c);
+        clear(c);
+      }
+      int left = args.words - k0 < args.segment ? args.words - k0 : args.segment;
+      for (; left >= kUnroll; left -= kUnroll) {
+        prefetch_lines(args, ahead);
+        steps(Number<kUnroll>{});
+      }
+#pragma GCC unroll 1
+      for (; left > 0; --left) steps(Number<1>{});
+    }
+    if (partial) add_from(out, c);
+    const Place place(args, written);
+    if (whole && place.column + kRows <= static_cast<uint32_t>(args.width) && first + kRows <= args.pixels &&
+        first == written) {
+      write_run_of<0>(args.epilogue[0], place.pixel, c);
+      if constexpr (Vectors > 2) write_run_of<2>(args.epilogue[1], place.pixel, c);
+    } else {
+      store_to(out, c);
+      write_apart<kRows, Vectors>(args, first, written);
     }
   }
   args.prefetch = ahead;
@@ -826,7 +949,7 @@ RF_INLINE int32_t winograd_pixel(const WinogradOut& w, int tile, int y, int x) {
 template <int kM, bool kBf16, bool kStream, bool kResidual, int kVectors>
 void winograd_out_row(const WinogradOut w, const Epilogue e) {
   alignas(64) char dropped[kVectors * kLanes * 4] = {};
-  const Vec floor = floor_of(e);
+  const Affine<kVectors> affine(e);
   const float* src = w.src;
   for (int tile = 0; tile < w.tiles; ++tile, src += kVectors * kLanes) {
     Vec pixels[kM * kM][kVectors];
@@ -836,7 +959,7 @@ void winograd_out_row(const WinogradOut w, const Epilogue e) {
     for (int y = 0; y < kM; ++y) {
 #pragma GCC unroll 4
       for (int x = 0; x < kM; ++x)
-        write_pixel<kBf16, kStream, kResidual>(e, floor, winograd_pixel<kM>(w, tile, y, x), pixels[y * kM + x],
+        write_pixel<kBf16, kStream, kResidual>(e, affine, winograd_pixel<kM>(w, tile, y, x), pixels[y * kM + x],
                                                dropped);
     }
   }
@@ -1053,6 +1176,7 @@ constexpr Tiles tiles() {
   Tiles t{};
   (add(t, Subs, gemm<Product, Subs, Vectors>), ...);
   ((t.product_of_height[Subs] = product<Product, Subs, Vectors>), ...);
+  ((t.pointwise_of_height[Subs] = pointwise<Product, Subs, Vectors>), ...);
   return t;
 }
 template <int Vectors, int... Subs>
@@ -1080,6 +1204,7 @@ constexpr Kernels make_table() {
   k.wide_sub = kWideSub;
   k.gemm_f32_wide = gemm<F32Product, kWideSub, 4>;
   k.product_f32_wide = product<F32Product, kWideSub, 4>;
+  k.pointwise_f32_wide = pointwise<F32Product, kWideSub, 4>;
 #else
   k.f32 = tiles<F32Product, 2, kSubMax>();
   k.f32_narrow = tiles<F32Product, 1, kNarrowSub>();
