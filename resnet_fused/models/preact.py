@@ -19,13 +19,16 @@ from .cifar import blocks_per_stage
 from .registry import register
 from .stage import initialize, make_stage
 
+STAGES = 4
+"""At most; ImageNet nets have as many, CIFAR nets three."""
+
 
 class PreActResNet(nn.Module):
     """A ResNet of pre-activation units.
 
     Args:
         block: `nn.preact.PreActBasicBlock`, `PreActBottleneck`, or a class with the same arguments.
-        layers: units in each stage.
+        layers: units in each of one to four stages.
         widths: planes of each stage, one for each of `layers`.
         num_classes: width of the classifier.
         small_images: first convolution 3x3 without pooling, as for CIFAR, instead of 7x7/2 and 3x3/2 max pooling.
@@ -34,7 +37,7 @@ class PreActResNet(nn.Module):
         norm_layer: makes a BatchNorm from a number of channels, `nn.BatchNorm2d` by default.
 
     Raises:
-        InputError: layers and widths differ in length, or an unknown shortcut.
+        InputError: more than four stages or none, layers and widths differ in length, or an unknown shortcut.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class PreActResNet(nn.Module):
         super().__init__()
         if len(layers) != len(widths):
             raise InputError(f"widths must have as many numbers as layers ({len(layers)}), got {len(widths)}")
+        if not 1 <= len(layers) <= STAGES:
+            raise InputError(f"layers must have 1 to {STAGES} numbers, got {len(layers)}")
         norm = norm_layer or nn.BatchNorm2d
         channels = widths[0]
         kernel, stride = (3, 1) if small_images else (7, 2)
@@ -59,7 +64,6 @@ class PreActResNet(nn.Module):
         self.bn1 = norm(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.stages = len(layers)
         for index, (planes, count) in enumerate(zip(widths, layers, strict=True)):
             first = {"preactivate": index > 0}
             stage = make_stage(
@@ -67,6 +71,8 @@ class PreActResNet(nn.Module):
             )
             self.add_module(f"layer{index + 1}", stage)
             channels = planes * block.expansion
+        for index in range(len(layers), STAGES):
+            self.add_module(f"layer{index + 1}", nn.Identity())
         self.norm = norm(channels)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(channels, num_classes)
@@ -74,10 +80,10 @@ class PreActResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, in_channels, H, W] to logits [N, num_classes]."""
+        # Without a loop, and each module once: `fuse` then knows that every call does the same (matchers/straight.py).
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        for index in range(self.stages):
-            x = self.get_submodule(f"layer{index + 1}")(x)
-        x = self.relu(self.norm(x))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = torch.relu(self.norm(x))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
