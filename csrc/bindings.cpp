@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <unordered_set>
+#include <vector>
+
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "tables.h"
@@ -25,17 +28,70 @@ py::list dicts(const std::vector<tables::Row>& rows) {
   return list;
 }
 
-// Whether what a recording depends on is as it was. Asked on every call, after kernels that left nothing of Python's in
-// the caches, so the dictionaries and tensors behind the next ones are asked for meanwhile.
-bool unchanged(const py::tuple& entries, const py::tuple& sizes, const py::tuple& versions, const py::object& watched) {
-  constexpr Py_ssize_t kAhead = 16;
-  auto at = [](const py::tuple& t, Py_ssize_t i) { return PyTuple_GET_ITEM(t.ptr(), i); };
-  auto ask = [&](const py::tuple& t, Py_ssize_t i) {
-    if (i < PyTuple_GET_SIZE(t.ptr())) __builtin_prefetch(at(t, i));
+// What a Python dictionary counts its changes by, 0 where it does not: since 3.13.
+uint64_t version_of(PyObject* dictionary) {
+#if PY_VERSION_HEX < 0x030D0000 && !defined(PYPY_VERSION)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<PyDictObject*>(dictionary)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+  (void)dictionary;
+  return 0;
+#endif
+}
+
+constexpr Py_ssize_t kAhead = 16;
+
+// The dictionaries that a recording depends on, when all in them was last seen to be as it was. One line of each is
+// read where the look at what is in them reads four: preactivation ResNet-164 has 15000 entries in 1700 of them.
+class Versions {
+ public:
+  // They belong to these tuples, which are to be given to every `unchanged` with this object.
+  Versions(const py::tuple& entries, const py::tuple& sizes) : entries_(entries.ptr()), sizes_(sizes.ptr()) {
+    std::unordered_set<PyObject*> seen;
+    auto add = [&](const py::tuple& t, size_t step) {
+      for (size_t i = 0; i < t.size(); i += step)
+        if (PyObject* const d = PyTuple_GET_ITEM(t.ptr(), static_cast<Py_ssize_t>(i)); seen.insert(d).second) {
+          if (!PyDict_Check(d)) throw py::type_error("entries, sizes: expected dictionaries");
+          states_.push_back({d, 0});
+        }
+    };
+    add(entries, 3);
+    add(sizes, 2);
+  }
+  bool are_of(const py::tuple& entries, const py::tuple& sizes) const {
+    return entries_ == entries.ptr() && sizes_ == sizes.ptr();
+  }
+  bool same() const {
+    for (size_t i = 0; i < states_.size(); ++i) {
+      if (i + kAhead < states_.size()) __builtin_prefetch(states_[i + kAhead].dictionary);
+      if (const uint64_t now = version_of(states_[i].dictionary); !now || now != states_[i].version) return false;
+    }
+    return true;
+  }
+  void take() {
+    for (State& s : states_) s.version = version_of(s.dictionary);
+  }
+
+ private:
+  struct State {
+    PyObject* dictionary;  // borrowed: owning them, out of sight of Python's collector, would keep a model forever
+    uint64_t version;
   };
-  auto check = [](bool ok) {
-    if (!ok && PyErr_Occurred()) throw py::error_already_set();
-  };
+  PyObject *entries_, *sizes_;
+  std::vector<State> states_;
+};
+
+PyObject* at(const py::tuple& t, Py_ssize_t i) { return PyTuple_GET_ITEM(t.ptr(), i); }
+void ask(const py::tuple& t, Py_ssize_t i) {
+  if (i < PyTuple_GET_SIZE(t.ptr())) __builtin_prefetch(at(t, i));
+}
+void check(bool ok) {
+  if (!ok && PyErr_Occurred()) throw py::error_already_set();
+}
+
+bool dictionaries_unchanged(const py::tuple& entries, const py::tuple& sizes) {
   for (Py_ssize_t i = 0; i + 2 < PyTuple_GET_SIZE(entries.ptr()); i += 3) {
     ask(entries, i + 3 * kAhead);
     PyObject* const value = PyDict_GetItemWithError(at(entries, i), at(entries, i + 1));  // borrowed
@@ -47,6 +103,19 @@ bool unchanged(const py::tuple& entries, const py::tuple& sizes, const py::tuple
     const Py_ssize_t size = PyDict_Size(at(sizes, i));
     check(size >= 0);
     if (size != PyLong_AsSsize_t(at(sizes, i + 1))) return false;
+  }
+  return true;
+}
+
+// Whether what a recording depends on is as it was. Asked on every call, after kernels that left nothing of Python's in
+// the caches, so the dictionaries and tensors behind the next ones are asked for meanwhile.
+bool unchanged(const py::tuple& entries, const py::tuple& sizes, const py::tuple& versions, const py::object& watched,
+               Versions* dictionaries) {
+  if (dictionaries && !dictionaries->are_of(entries, sizes))
+    throw py::value_error("dictionaries: expected what was made of the same entries and sizes");
+  if (!dictionaries || !dictionaries->same()) {
+    if (!dictionaries_unchanged(entries, sizes)) return false;
+    if (dictionaries) dictionaries->take();
   }
   if (!resnet_fused::tensors_unchanged(reinterpret_cast<const void*>(watched.attr("data_ptr")().cast<uintptr_t>())))
     return false;
@@ -80,7 +149,12 @@ PYBIND11_MODULE(_bindings, m) {
   m.def("release_memory", &release_memory, "Give them back to the system; no kernel may be running.");
   m.def("pool_limit", &pool_limit, "Most bytes of idle outputs that are kept.");
   m.def("set_pool_limit", &set_pool_limit, py::arg("bytes"));
+  py::class_<Versions>(m, "_Versions");
+  m.def(
+      "dictionaries", [](const py::tuple& entries, const py::tuple& sizes) { return Versions(entries, sizes); },
+      py::arg("entries"), py::arg("sizes"), "What makes `unchanged` faster for these, which it does not keep alive.");
   m.def("unchanged", &unchanged, py::arg("entries"), py::arg("sizes"), py::arg("versions"), py::arg("watched"),
+        py::arg("dictionaries") = nullptr,
         "Whether dictionary.get(key) is value for each three of `entries`, len(dictionary) == size for each two of "
         "`sizes`, tensor._version == version for each two of `versions`, and the tensors that `_watch` made `watched` "
         "of are where and what they were.");

@@ -67,11 +67,15 @@ class Recording:
         ]
         hooks = [*watched.hooks, *(store for block in blocks for store in hook_stores(block))]
         counted = [t for t in self.tensors if not t.is_inference()]  # the others have no version
+        flat = tuple(itertools.chain.from_iterable(entries))
+        sizes = tuple(itertools.chain.from_iterable((store, len(store)) for store in (*hooks, *watched.whole)))
+        assert native.bindings is not None
         self._guard = (
-            tuple(itertools.chain.from_iterable(entries)),
-            tuple(itertools.chain.from_iterable((store, len(store)) for store in (*hooks, *watched.whole))),
+            flat,
+            sizes,
             tuple(itertools.chain.from_iterable((t, t._version) for t in counted)),
             torch.ops.resnet_fused._watch.default(self.tensors),
+            native.bindings.dictionaries(flat, sizes),
         )
 
     def holds(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType
 
@@ -101,9 +102,9 @@ UNCHANGED = {
 
 
 @pytest.mark.parametrize("change", [None, *UNCHANGED])
-@pytest.mark.parametrize("which", ["compiled", "plain"])
+@pytest.mark.parametrize("which", ["compiled", "compiled, seen before", "plain"])
 def test_unchanged(plain: ModuleType, which: str, change: str | None) -> None:
-    bindings = native.bindings if which == "compiled" else plain
+    bindings = plain if which == "plain" else native.bindings
     assert bindings is not None
     value, tensor, other = float("1.5"), torch.ones(3, 3), torch.ones(2)
     store = {"a": value, "none": None}
@@ -111,9 +112,45 @@ def test_unchanged(plain: ModuleType, which: str, change: str | None) -> None:
     sizes = ({}, 0, {1: 2}, 1) + ((store, 2) if change == "size" else ())
     watched = torch.ops.resnet_fused._watch.default([other, tensor])
     versions = (other, other._version, tensor, tensor._version)
+    dictionaries = bindings.dictionaries(entries, sizes)
+    if which == "compiled, seen before":
+        assert bindings.unchanged(entries, sizes, versions, watched, dictionaries)
     if change is not None:
         UNCHANGED[change](store, tensor)
     assert bindings.unchanged(entries, sizes, versions, watched) is (change is None)
+    for _ in range(2):
+        assert bindings.unchanged(entries, sizes, versions, watched, dictionaries) is (change is None)
+
+
+def test_unchanged_after_other_changes(plain: ModuleType) -> None:
+    """A dictionary that was changed, and not where a recording depends on it, is looked into again."""
+    for bindings in (plain, native.bindings):
+        assert bindings is not None
+        value, store = object(), OrderedDict()
+        store["a"] = value
+        entries, sizes = (store, "a", value, store, "b", None), (store, 1)
+        of_all = (entries, sizes, (), torch.ops.resnet_fused._watch.default([torch.ones(1)]))
+        dictionaries = bindings.dictionaries(entries, sizes)
+        assert bindings.unchanged(*of_all, dictionaries)
+        store["c"] = 0
+        assert not bindings.unchanged(*of_all, dictionaries)
+        del store["c"]
+        assert bindings.unchanged(*of_all, dictionaries)
+        store["a"] = object()
+        assert not bindings.unchanged(*of_all, dictionaries)
+
+
+def test_dictionaries_belong_to_their_entries() -> None:
+    assert native.bindings is not None
+    if not hasattr(native.bindings, "_Versions"):
+        pytest.skip("no compiled bindings")
+    watched, store = torch.ops.resnet_fused._watch.default([torch.ones(1)]), {"a": 1}
+    entries = (store, "a", store["a"])
+    dictionaries = native.bindings.dictionaries(entries, ())
+    with pytest.raises(ValueError, match="dictionaries: expected what was made of the same entries and sizes"):
+        native.bindings.unchanged((*entries, *entries), (), (), watched, dictionaries)
+    with pytest.raises(TypeError, match="expected dictionaries"):
+        native.bindings.dictionaries((1, "a", None), ())
 
 
 def test_only_what_watch_made_is_unchanged_or_not(plain: ModuleType) -> None:

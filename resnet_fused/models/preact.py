@@ -40,6 +40,11 @@ class PreActResNet(nn.Module):
         InputError: more than four stages or none, layers and widths differ in length, or an unknown shortcut.
     """
 
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
     def __init__(
         self,
         block: Any,
