@@ -19,12 +19,13 @@ constexpr double kLaunch = 4e-6;   // of one parallel region
 // filled them. The package's own blocks are recorded, and pay it once for a stage.
 constexpr double kVendorCall = 40e-6;
 constexpr double kOwnEfficiency = 0.88, kVendorEfficiency = 0.85;  // share of the peak outside memory traffic
-// Winograd's products are of as many rows as there are tiles of pixels, a few at batch 1: in tiles of about
-// kWinogradRows, with new weights after each few of them.
+// Winograd's products are of as many rows as a unit of work has tiles of pixels, 2 of F(4x4) in a band of an 8x8 image:
+// at least kWinogradRows are computed, with new weights after each few of them.
 constexpr double kWinogradEfficiency = 0.8;
-constexpr int64_t kWinogradRows = 6;
-// A tile of products takes some more steps' time to begin and end, 2 of the 8 of 16 channels in bfloat16.
-constexpr double kWinogradSteps = 2;
+constexpr int64_t kWinogradRows = 8;
+// A tile of products takes some more steps' time to begin and end, 2 of the 8 of 16 channels in bfloat16; one that goes
+// through the taps of a window 9 of 72.
+constexpr double kWinogradSteps = 2, kWindowSteps = 9;
 constexpr double kTransform4 = 1.2;  // F(4x4)'s take more operations for what they move than F(2x2)'s
 constexpr double kVendorAmx = 0.6;   // basic blocks of 16 to 128 channels take oneDNN 1.5 to 2.4 times as long as ours
 
@@ -63,21 +64,24 @@ Geometry geometry(const Block& b) {
   return g;
 }
 
-// Seconds of one thread for one layer's products, waste of partial panels and tiles included.
-double layer_seconds(const Kernels& kernels, DType dtype, const Layer& layer, int64_t n, int out_h, int out_w) {
+// Seconds of one thread for one layer's products, in so many units of work, waste of partial panels and tiles included.
+double layer_seconds(const Kernels& kernels, DType dtype, const Layer& layer, int64_t n, int out_h, int out_w,
+                     int64_t units) {
   const ConvShape& s = layer.shape;
   const PackShape pack = pack_shape(kernels, s, dtype, layer.algorithm);
   const double columns = static_cast<double>(s.groups) * pack.panels * pack.panel;
   const int m = winograd_m(layer.algorithm);
   if (m) {
     const double tiles = static_cast<double>(n) * padded(out_h, m) / m * (padded(out_w, m) / m);
-    const double products = 2.0 * padded(static_cast<int64_t>(tiles), kWinogradRows) * (m + 2) * (m + 2) * columns *
-                            (s.c + kWinogradSteps * (pack.bf16 ? 2 : 1));
+    const int64_t of_unit = (static_cast<int64_t>(tiles) + units - 1) / units;
+    const double rows = static_cast<double>(units) * padded(std::max(of_unit, kWinogradRows), 2);
+    const double products = 2.0 * rows * (m + 2) * (m + 2) * columns * (s.c + kWinogradSteps * (pack.bf16 ? 2 : 1));
     const double moved =
         tiles * (m + 2) * (m + 2) * 2 * ((pack.bf16 ? 2 : 4) * s.c + 4 * columns) * (m == 4 ? kTransform4 : 1);
     return products / (rate(kernels.isa, pack.bf16) * kWinogradEfficiency) + moved / memory_rates().own_cache;
   }
-  const double words = static_cast<double>(pack.words) * pack.taps * (pack.bf16 ? 2 : 1);
+  const double steps = static_cast<double>(pack.words) * pack.taps + (pack.taps > 1 ? kWindowSteps : 0);
+  const double words = steps * (pack.bf16 ? 2 : 1);
   const double pixels = static_cast<double>(n) * out_h * out_w;
   return 2.0 * pixels * words * columns / (rate(kernels.isa, pack.bf16) * kOwnEfficiency);
 }
@@ -87,12 +91,14 @@ double layer_seconds(const Kernels& kernels, DType dtype, const Layer& layer, in
 Cost block_cost(const Kernels& kernels, const Block& b, int threads) {
   const Geometry g = geometry(b);
   const Schedule p = schedule(kernels, b, threads);
+  const int64_t groups = (b.n + p.images - 1) / p.images;
+  const int64_t computed = p.split_channels ? 1 : std::max<int64_t>(1, groups * p.bands);  // in so many pieces
   Cost c{};
   double seconds = 0;
   for (int l = 0; l < b.layer_count; ++l) {
     const int64_t pixels = int64_t{b.n} * g.h[l + 1] * g.w[l + 1];
     c.flops += conv_flops(b.layers[l].shape, pixels);
-    double layer = layer_seconds(kernels, b.dtype, b.layers[l], b.n, g.h[l + 1], g.w[l + 1]);
+    double layer = layer_seconds(kernels, b.dtype, b.layers[l], b.n, g.h[l + 1], g.w[l + 1], computed);
     // rows between two bands are computed twice
     if (l + 1 < b.layer_count && !p.split_channels) {
       const ConvShape& next = b.layers[l + 1].shape;
@@ -109,11 +115,11 @@ Cost block_cost(const Kernels& kernels, const Block& b, int threads) {
   if (b.has_projection) {
     const int l = b.layer_count;
     c.flops += conv_flops(b.projection.shape, int64_t{b.n} * g.h[l] * g.w[l]);
-    seconds += layer_seconds(kernels, b.dtype, b.projection, b.n, g.h[l], g.w[l]);
+    seconds += layer_seconds(kernels, b.dtype, b.projection, b.n, g.h[l], g.w[l], computed);
   }
   c.bytes = g.in_bytes + g.out_bytes + (b.residual && b.residual != b.x ? g.out_bytes : 0);
   seconds += c.bytes / (b.reread ? memory_rates().own_cache : memory_rates().memory);
-  const int64_t units = p.split_channels ? threads : (b.n + p.images - 1) / p.images * p.bands;
+  const int64_t units = p.split_channels ? threads : computed;
   int64_t weights =
       b.has_projection ? pack_shape(kernels, b.projection.shape, b.dtype, b.projection.algorithm).bytes : 0;
   for (int l = 0; l < b.layer_count; ++l)
