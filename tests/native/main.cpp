@@ -603,11 +603,14 @@ std::vector<Case> fixed_cases() {
       layer(2, 96, 96, conv(4, 64, 1, 1), true),   // an output of 4 MiB is written past the caches
       layer(1, 6, 7, conv(1024, 48, 1, 1), true),  // pixels 4 KiB apart are gathered
       layer(1, 20, 7, conv(256, 400, 1, 1)),       // weights beyond L2
+      layer(1, 3, 11, conv(16, 64, 1, 1), true),   // 1x1: the last tile begins before what is left of x
+      layer(3, 5, 9, conv(300, 96, 1, 1)),         // ... sums in chains, tiles over the ends of images
       layer(1, 5, 6, conv(192, 40, 3, 3, 1, 1)),   // panels beyond L1: float32
       layer(1, 5, 6, conv(400, 33, 3, 3, 1, 1)),   // and bfloat16
       layer(4, 7, 7, conv(512, 16, 3, 3, 1, 1)),   // Winograd products of one frequency at a time
       bottleneck(2, 7, 7, 64, 16, 64, 1, 1, 1),
       bottleneck(1, 28, 28, 64, 16, 64, 1, 1, 1),
+      bottleneck(6, 7, 5, 80, 16, 80, 1, 1, 1),  // 1x1 layers over several images, into and out of padded rows
       bottleneck(1, 14, 14, 48, 24, 96, 1, 2, 1),
       bottleneck(2, 9, 11, 20, 12, 40, 2, 1, 1),
       bottleneck(1, 10, 6, 32, 16, 32, 1, 1, 2),
