@@ -163,6 +163,8 @@ PYBIND11_MODULE(_bindings, m) {
   m.def(
       "cuda_kernel_table", [] { return dicts(tables::cuda_kernel_table()); },
       "One dict a compiled CUDA kernel; registers and occupancy where a GPU tells.");
+  m.def("cuda_driver_lack", &tables::cuda_driver_lack,
+        "Why the NVIDIA driver is too old for the CUDA runtime of the kernels; empty if it is not, or there is none.");
   m.def(
       "cuda_candidates",
       [](const std::string& op, const tables::Dims& dims, const std::string& dtype, int arch, int multiprocessors,

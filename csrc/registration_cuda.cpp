@@ -13,6 +13,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/api.h"
@@ -29,6 +30,7 @@ using torch::headeronly::ScalarType;
 using Ints = std::vector<int64_t>;
 
 void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) cudaGetLastError();  // or a later call would report it again
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
@@ -88,6 +90,17 @@ int64_t pitch_of(const Tensor& t, const Tensor& x, const char* name) {
   return pitch;
 }
 
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// pitch_of, of memory that is read and written 16 bytes at a time. Whether the channels are multiples of as much, each
+// kernel says.
+int64_t aligned_pitch_of(const Tensor& t, const Tensor& x, const char* name) {
+  const int64_t pitch = pitch_of(t, x, name), size = cuda::element_size(dtype_of(t));
+  STD_TORCH_CHECK(is_aligned(t.const_data_ptr()) && (pitch == t.size(1) || pitch * size % 16 == 0), name,
+                  ": expected its start and the distance from pixel to pixel to be multiples of 16 bytes");
+  return pitch;
+}
+
 const float* vector_of(const std::optional<Tensor>& t, const Tensor& x, int64_t size, const char* name) {
   if (!t) return nullptr;
   check_beside(*t, x, name);
@@ -98,7 +111,8 @@ const float* vector_of(const std::optional<Tensor>& t, const Tensor& x, int64_t 
 
 cuda::Layer layer_of(const Tensor& weight, const std::optional<Tensor>& scale, const Tensor& shift, const Tensor& x,
                      int64_t channels, int64_t taps, const char* name) {
-  STD_TORCH_CHECK(pitch_of(weight, x, name) == weight.size(1), name, ": expected dense channels_last memory format");
+  STD_TORCH_CHECK(aligned_pitch_of(weight, x, name) == weight.size(1), name,
+                  ": expected dense channels_last memory format");
   STD_TORCH_CHECK(weight.size(1) == channels, name, ": expected ", channels, " input channels, got ", weight.size(1));
   STD_TORCH_CHECK(taps == 0 || (weight.size(2) == taps && weight.size(3) == taps), name, ": expected ", taps, "x", taps,
                   " taps, got ", weight.size(2), "x", weight.size(3));
@@ -122,7 +136,7 @@ int output_size(int64_t size, int64_t taps, int64_t stride, int64_t padding, int
 template <class Params>
 Params image_params(const Tensor& x) {
   Params p;
-  p.x_pitch = pitch_of(x, x, "x");
+  p.x_pitch = std::is_same_v<Params, cuda::StemParams> ? pitch_of(x, x, "x") : aligned_pitch_of(x, x, "x");
   p.dtype = dtype_of(x);
   p.x = x.const_data_ptr();
   p.n = static_cast<int>(x.size(0));
@@ -141,6 +155,9 @@ Tensor new_output(const Tensor& x, int64_t n, int64_t k, int64_t p, int64_t q) {
 // ---- launch --------------------------------------------------------------------------------------------------------
 template <class Params>
 void run(const Tensor& x, const Params& params, const std::string& algorithm) {
+  // A thread may come here without a context, which tensor maps are not encoded without: torch's guard sets none where
+  // the device is the thread's own.
+  check(cudaSetDevice(x.get_device_index()), "cudaSetDevice");
   const cuda::Device& device = device_of(x.get_device_index());
   std::string why;
   const cuda::Kernel<Params>* kernel = cuda::choose(params, device, algorithm, &why);
@@ -150,7 +167,6 @@ void run(const Tensor& x, const Params& params, const std::string& algorithm) {
   if (bytes) workspace = stable::empty({&bytes, 1}, ScalarType::Byte, std::nullopt, x.device());
   kernel->launch(params, device, workspace ? workspace->mutable_data_ptr() : nullptr,
                  current_stream(x.get_device_index()));
-  check(cudaGetLastError(), kernel->name);
 }
 
 // A new output [n, k, p, q], computed unless it is empty.
@@ -180,6 +196,7 @@ cuda::ConvParams conv_params(const ConvArguments& a) {
   p.in_scale = vector_of(a.in_scale, a.x, p.c, "in_scale");
   p.in_shift = vector_of(a.in_shift, a.x, p.c, "in_shift");
   STD_TORCH_CHECK(!p.in_scale == !p.in_shift, "in_scale, in_shift: expected both or neither");
+  STD_TORCH_CHECK(is_aligned(p.in_scale) && is_aligned(p.in_shift), "in_scale, in_shift: expected starts at 16 bytes");
   p.k = static_cast<int>(a.weight.size(0));
   p.r = static_cast<int>(a.weight.size(2));
   p.s = static_cast<int>(a.weight.size(3));
@@ -198,14 +215,14 @@ cuda::ConvParams conv_params(const ConvArguments& a) {
                     t.size(3), "]");
   };
   if (a.residual) {
-    p.residual_pitch = pitch_of(*a.residual, a.x, "residual");
+    p.residual_pitch = aligned_pitch_of(*a.residual, a.x, "residual");
     check_shape(*a.residual, "residual");
     p.residual = a.residual->const_data_ptr();
   }
   STD_TORCH_CHECK(a.x2.has_value() == a.weight2.has_value(), "x2, weight2: expected both or neither");
   if (a.x2) {
     cuda::ConvParams::Projection& second = p.projection;
-    second.x_pitch = pitch_of(*a.x2, a.x, "x2");
+    second.x_pitch = aligned_pitch_of(*a.x2, a.x, "x2");
     second.c = static_cast<int>(a.x2->size(1));
     second.h = static_cast<int>(a.x2->size(2));
     second.w = static_cast<int>(a.x2->size(3));
@@ -241,7 +258,7 @@ void cuda_conv_out(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
   const std::optional<Tensor> none;
   auto p = conv_params(
       {x, weight, scale, shift, residual, in_scale, in_shift, none, none, none, 1, stride, padding, dilation, relu});
-  p.out_pitch = pitch_of(out, x, "out");
+  p.out_pitch = aligned_pitch_of(out, x, "out");
   STD_TORCH_CHECK(out.size(0) == p.n && out.size(1) == p.k && out.size(2) == p.p && out.size(3) == p.q,
                   "out: expected [", p.n, ", ", p.k, ", ", p.p, ", ", p.q, "]");
   p.out = out.mutable_data_ptr();
@@ -307,8 +324,8 @@ std::vector<Tensor> cuda_rotated(const Tensor& h1, const Tensor& w2, std::option
   const stable::accelerator::DeviceGuard guard(x.get_device_index());
   cuda::RotatedParams p;
   p.dtype = dtype_of(x);
-  p.h1_pitch = pitch_of(h1, x, "h1");
-  p.x_pitch = pitch_of(x, x, "x");
+  p.h1_pitch = aligned_pitch_of(h1, x, "h1");
+  p.x_pitch = aligned_pitch_of(x, x, "x");
   p.n = static_cast<int>(x.size(0));
   p.k = static_cast<int>(x.size(1));
   p.h = static_cast<int>(x.size(2));

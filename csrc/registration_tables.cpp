@@ -88,6 +88,7 @@ std::string call(const std::string& function, const Arguments& a) {
 #else
   if (function == "has_cuda") return json(true);
   if (function == "cuda_kernel_table") return json(tables::cuda_kernel_table());
+  if (function == "cuda_driver_lack") return json(tables::cuda_driver_lack());
   if (function == "cuda_candidates") {
     std::string why;
     std::vector<tables::Row> found;

@@ -24,6 +24,7 @@ RF_EXPORT Row cost(const std::string& op, const Dims& dims, const std::string& d
 
 #ifdef RESNET_FUSED_CUDA
 RF_EXPORT std::vector<Row> cuda_kernel_table();
+RF_EXPORT std::string cuda_driver_lack();
 struct CudaCandidate {
   std::string algorithm, kernel;
   double microseconds;  // predicted

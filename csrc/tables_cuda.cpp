@@ -39,6 +39,8 @@ std::vector<Row> cuda_kernel_table() {
   return rows;
 }
 
+std::string cuda_driver_lack() { return cuda::driver_lack(); }
+
 std::vector<CudaCandidate> cuda_candidates(const std::string& op, const Dims& dims, const std::string& dtype, int arch,
                                            int multiprocessors, int shared_bytes, std::string* why) {
   std::vector<CudaCandidate> found;

@@ -106,6 +106,10 @@ if _call("has_cuda"):
         """One dict a compiled CUDA kernel; registers and occupancy where a GPU tells."""
         return _call("cuda_kernel_table")
 
+    def cuda_driver_lack() -> str:
+        """Why the NVIDIA driver is too old for the kernels' CUDA runtime; empty if it is not, or there is none."""
+        return _call("cuda_driver_lack")
+
     def cuda_candidates(
         op: str, dims: dict[str, int], dtype: str, arch: int, multiprocessors: int, shared_bytes: int
     ) -> tuple[list[tuple[str, str, float]], str]:

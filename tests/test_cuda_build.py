@@ -116,6 +116,15 @@ def test_sm90_instructions(name: str) -> None:
         assert instruction in sass
 
 
+@pytest.mark.parametrize("name", SM90)
+def test_fences_of_the_whole_gpu(name: str) -> None:
+    """Two, in a cluster's barriers; one whenever a stage is let go would take longer than the products."""
+    kernels = disassembly("sm90", name).split("Function :")[1:]
+    fences = [kernel.count("MEMBAR.ALL.GPU") for kernel in kernels]
+    assert kernels
+    assert max(fences) <= 2, fences
+
+
 @pytest.mark.parametrize("name", [n for n in SM80 if "bf16" in n])
 def test_later_architectures(name: str, tmp_path: Path) -> None:
     """The PTX that later GPUs compile for themselves, compiled for sm_100: no spills there either."""

@@ -67,6 +67,31 @@ def test_op_on_cpu_tensors() -> None:
         ops._cuda_rotated(x, w, v, v, w, None, v, x, None, None, None, "rotated")
 
 
+@needs_kernels
+def test_driver_without_a_gpu() -> None:
+    """No driver is not one that is too old."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    assert native.bindings.cuda_driver_lack() == ""
+
+
+@needs_kernels
+def test_old_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "_driver_lack", lambda: "update the driver")
+    assert cuda.unsupported(RESNET50[0], torch.bfloat16, torch.device("cuda")) == "update the driver"
+
+
+def test_prologue_vectors_are_aligned() -> None:
+    """Kernels read them four numbers at a time; a slice may start anywhere."""
+    vector = torch.arange(9.0)
+    odd = cuda._aligned_vector(vector[1:])
+    assert odd.data_ptr() % 16 == 0
+    assert torch.equal(odd, vector[1:])
+    assert cuda._aligned_vector(vector[4:]).data_ptr() == vector[4:].data_ptr()
+    assert cuda._aligned_vector(None) is None
+
+
 def test_backend_by_name_on_a_cpu() -> None:
     x, w, v = torch.zeros(1, 8, 4, 4), torch.zeros(8, 8, 1, 1), torch.zeros(8)
     with pytest.raises(BackendError, match="backend='cuda' cannot run this: "):

@@ -86,6 +86,12 @@ BUGS = {
         "SHARED",
         Bug("sm90/conv.h", "        release(position.use - 1);\n      }", "        release(position.use);\n      }"),
     ),
+    "rows of taps are not counted": (
+        "SPLIT",
+        Bug("sm90/conv.h", "tap_w = 0, ++tap_h;", "tap_w = 0;"),
+    ),
+    "the kernel ahead may still write": ("SPLIT", Bug("sm90/conv.h", "  take_turn();\n", "")),
+    "the shares may not be there": ("SPLIT", Bug("sm90/conv_reduce.h", "  take_turn();\n", "")),
     "groups do not take turns": ("PING_PONG", Bug("sm90/conv.h", "turns.wait(it);", "")),
     "only a cluster's first block learns of a free stage": (
         "PING_PONG",

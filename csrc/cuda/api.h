@@ -5,7 +5,8 @@
 //
 // Images are NHWC; `pitch` is the number of elements from one pixel to the next, so that an image may be a slice of the
 // channels of a wider one. Weights are [k][r][s][c] without gaps. Pointers to images and weights are aligned to 16
-// bytes and pitches are multiples of 16 bytes, unless a kernel says otherwise. Scales may be null, which means 1.
+// bytes and pitches are multiples of 16 bytes, unless a kernel says otherwise; so are in_scale and in_shift. Scales may
+// be null, which means 1.
 #pragma once
 #include <cuda_runtime_api.h>
 

@@ -13,9 +13,11 @@ std::vector<Kernel<Params>>& table() {
   return kernels;
 }
 
+bool made_for(int arch, const Device& device) { return arch == 90 ? device.arch == 90 : device.arch >= arch; }
+
 template <class Params>
 std::string lack(const Kernel<Params>& kernel, const Params& params, const Device& device) {
-  if (device.arch < kernel.arch || (kernel.arch == 90 && device.arch != 90))
+  if (!made_for(kernel.arch, device))
     return std::string("it is made for sm_") + (kernel.arch == 90 ? "90a" : "80 and later") + ", the device is sm_" +
            std::to_string(device.arch);
   if (kernel.shared_bytes > device.shared_bytes)
@@ -34,11 +36,12 @@ const Kernel<Params>* best(const Params& params, const Device& device, const std
   *why = wanted.empty() ? "no kernel is compiled for it" : "no kernel is called " + wanted;
   for (const Kernel<Params>& kernel : table<Params>()) {
     if (!wanted.empty() && wanted != kernel.name && wanted != kernel.algorithm) continue;
+    // What a kernel of the right type and architecture lacks tells more than that others are of another.
+    const bool of_its_kind = kernel.dtype == params.dtype && made_for(kernel.arch, device);
+    if (told && !of_its_kind) continue;
     const std::string reason = lack(kernel, params, device);
     if (!reason.empty()) {
-      // What a kernel of the right type and architecture lacks tells more than that others are of another.
-      const bool made_for_device = kernel.arch == 90 ? device.arch == 90 : device.arch >= kernel.arch;
-      if (!told || (kernel.dtype == params.dtype && made_for_device)) *why = kernel.name + (": " + reason);
+      *why = kernel.name + (": " + reason);
       told = true;
       continue;
     }

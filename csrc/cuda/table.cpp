@@ -177,6 +177,22 @@ std::vector<Candidate> best_of_each_algorithm(const Params& params, const Device
 
 }  // namespace
 
+std::string driver_lack() {
+  int driver = 0;  // 12040 is 12.4; 0 where there is no driver
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) {
+    cudaGetLastError();
+    return "";
+  }
+  // Within a major version an older driver runs a newer runtime.
+  if (driver == 0 || driver / 1000 >= CUDART_VERSION / 1000) return "";
+  const auto text = [](int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  };
+  return "its kernels were built with CUDA " + text(CUDART_VERSION) + ", and the NVIDIA driver supports CUDA " +
+         text(driver) + " at most: update the driver, or build the package with a toolkit of CUDA " +
+         std::to_string(driver / 1000);
+}
+
 std::vector<TableRow> kernel_table() {
   std::vector<TableRow> rows;
   append<ConvParams>(rows, "conv");

@@ -21,6 +21,9 @@ struct TableRow {
 };
 RESNET_FUSED_EXPORT std::vector<TableRow> kernel_table();
 
+// Why the NVIDIA driver of this machine cannot run the CUDA runtime that is linked, empty if it can or there is none.
+RESNET_FUSED_EXPORT std::string driver_lack();
+
 struct Candidate {
   std::string algorithm, name;
   float microseconds;  // estimate

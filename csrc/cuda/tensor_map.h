@@ -37,6 +37,7 @@ inline const char* defect(const TensorMapGeometry& g) {
     if (i && (g.stride[i] % 16 || g.stride[i] >= (uint64_t{1} << 40)))
       return "tensor map: stride not a multiple of 16 bytes below 2^40";
     if (g.step[i] > 8) return "tensor map: step above 8";
+    if (g.step[i] > 1 && !g.im2col) return "tensor map: a tiled box with steps, whose size nobody has needed yet";
     if (!g.im2col && (g.box[i] == 0 || g.box[i] > 256)) return "tensor map: box outside 1..256";
   }
   if (g.im2col) {

@@ -89,6 +89,13 @@ def built() -> str | None:
     return None if hasattr(native.bindings, "cuda_candidates") else "the package was built without CUDA kernels"
 
 
+@functools.cache
+def _driver_lack() -> str:
+    """Why this machine's driver cannot run the kernels' CUDA runtime, empty if it can."""
+    assert native.bindings is not None
+    return native.bindings.cuda_driver_lack()
+
+
 def unsupported(shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why no CUDA kernel can run a layer or the whole of a block, in a phrase; None if one can."""
     if (why := built()) is not None:
@@ -97,6 +104,8 @@ def unsupported(shape: Shape, dtype: torch.dtype, device: torch.device) -> str |
         return f"it needs a CUDA GPU of compute capability 8.0 or newer, x.device is {device}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
+    if why := _driver_lack():
+        return why
     if dtype == torch.float32 and not allow_tf32(device):
         return "it computes float32 in TF32, which torch.backends.cudnn does not allow now"
     return _search(shape, dtype, device_of(device))[1]
@@ -183,6 +192,12 @@ def _vector(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+def _aligned_vector(t: Tensor | None) -> Tensor | None:
+    """As the prologue reads it: four numbers at a time."""
+    t = _vector(t)
+    return t if t is None or t.data_ptr() % 16 == 0 else t.clone()
+
+
 def conv_bn_act(
     x: Tensor,
     weight: Tensor,
@@ -227,8 +242,8 @@ def conv_bn_act(
         _vector(scale),
         shift.contiguous(),
         _image(residual),
-        _vector(in_scale),
-        _vector(in_shift),
+        _aligned_vector(in_scale),
+        _aligned_vector(in_shift),
     )
     geometry = (stride, padding, dilation, activation == "relu", algorithm)
     if out is not None and _aligned(out):

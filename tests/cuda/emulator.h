@@ -152,6 +152,7 @@ struct Thread {
   AsyncGroups<Operation> stores;
   unsigned cluster_phase = 0;      // of the cluster barrier when it arrived
   bool wgmma_fenced = false;       // since its last commit
+  bool grid_waited = true;         // the kernel ahead has ended as far as it knows
   std::vector<uint32_t> unfenced;  // 16-byte granules of shared memory written and not yet shown to the async proxy
 };
 
@@ -366,6 +367,7 @@ EMU_UNWATCHED inline void thread_entry() {
   Thread& t = self();
   if (!t.copies.empty()) t.copies.clear();  // never waited for: nobody can have read them
   if (!t.stores.empty()) fail("a thread exits while its bulk stores still read shared memory");
+  if (!t.grid_waited) fail("a thread of a programmatic launch exits without griddepcontrol.wait");
   release(&c.ended);
   {
     Unwatched quiet;
@@ -447,7 +449,7 @@ EMU_UNWATCHED inline bool run_warp(int first, int lanes) {
   throw Failure(message + " " + std::to_string(threads - c.alive) + " of " + std::to_string(threads) + " have exited");
 }
 
-EMU_UNWATCHED inline void run_cluster(std::vector<uint3> indices, size_t shared_bytes) {
+EMU_UNWATCHED inline void run_cluster(std::vector<uint3> indices, size_t shared_bytes, bool programmatic) {
   Unwatched quiet;
   Cluster& c = cluster();
   const int per_block = static_cast<int>(blockDim.x * blockDim.y * blockDim.z),
@@ -484,6 +486,7 @@ EMU_UNWATCHED inline void run_cluster(std::vector<uint3> indices, size_t shared_
       t.stores.clear();
       t.unfenced.clear();
       t.wgmma_fenced = false;
+      t.grid_waited = !programmatic;
       t.fiber.prepare(thread_entry);
     }
   }
@@ -506,10 +509,11 @@ EMU_UNWATCHED inline void run_cluster(std::vector<uint3> indices, size_t shared_
   if (!c.in_flight.empty()) throw Failure("a block exits while bulk copies into its shared memory are on their way");
 }
 
-// `cluster_size` neighbouring blocks of the x axis form a cluster.
+// `cluster_size` neighbouring blocks of the x axis form a cluster. A programmatic launch may begin while the kernel
+// ahead of it runs.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared_bytes, unsigned cluster_size,
-            const Arguments&... arguments) {
+            bool programmatic, const Arguments&... arguments) {
   const std::tuple<Parameters...> converted{static_cast<Parameters>(arguments)...};
   if (cluster_size == 0 || grid.x % cluster_size) throw Failure("the grid is no multiple of the cluster");
   if (size_t{grid.x} * grid.y * grid.z == 0) throw Failure("the grid is empty");
@@ -532,7 +536,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t share
         for (unsigned b = 0; b < cluster_size; ++b)
           indices.push_back({static_cast<unsigned>(i % per_row) * cluster_size + b, static_cast<unsigned>(row % grid.y),
                              static_cast<unsigned>(row / grid.y)});
-        run_cluster(std::move(indices), shared_bytes);
+        run_cluster(std::move(indices), shared_bytes, programmatic);
       }
     } catch (...) {
       c.threads.clear();

@@ -166,9 +166,15 @@ inline void land_load(emu::Block& b, uint32_t dst, const TensorMapGeometry& g, u
   complete_bytes(b, m, box_elements(g) * bytes);
 }
 
+// Global memory of a programmatic launch is its own only after griddepcontrol.wait.
+inline void check_grid_waited() {
+  if (!emu::self().grid_waited) emu::fail("TMA before griddepcontrol.wait in a programmatic launch");
+}
+
 EMU_UNWATCHED inline void load(uint32_t dst, const CUtensorMap* map, uint32_t m, uint32_t ranks, bool im2col,
                                std::vector<int> at, std::vector<int> tap = {}) {
   emu::Unwatched quiet;
+  check_grid_waited();
   const TensorMapGeometry& g = geometry(map);
   const uint32_t bytes = box_elements(g) * static_cast<uint32_t>(element_size(g.dtype));
   if (static_cast<int>(at.size()) != g.rank || im2col != g.im2col) emu::fail("TMA: the map has another rank or mode");
@@ -192,6 +198,7 @@ EMU_UNWATCHED inline void load(uint32_t dst, const CUtensorMap* map, uint32_t m,
 inline uint32_t own_rank() { return 1u << emu::block().rank; }
 
 inline void store(const CUtensorMap* map, uint32_t src, std::vector<int> at) {
+  check_grid_waited();
   const TensorMapGeometry& g = geometry(map);
   const uint32_t bytes = element_size(g.dtype), all = box_elements(g) * bytes;
   if (static_cast<int>(at.size()) != g.rank || g.im2col) emu::fail("TMA: the map has another rank or mode");
@@ -257,6 +264,7 @@ inline void tma_prefetch(const CUtensorMap* map) { detail::geometry(map); }
 
 EMU_UNWATCHED inline void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t m) {
   emu::Unwatched quiet;
+  detail::check_grid_waited();
   if (reinterpret_cast<uintptr_t>(src) % 16 || bytes % 16) emu::fail("cp.async.bulk: misaligned source or size");
   emu::Block& b = emu::block();
   unsigned char* to = emu::shared_bytes(dst, bytes, 16);
@@ -341,7 +349,7 @@ inline void cluster_sync() {
   cluster_arrive();
   cluster_wait();
 }
-inline void grid_wait() {}
+inline void grid_wait() { emu::self().grid_waited = true; }
 inline void grid_launch_dependents() {}
 
 }  // namespace ptx

@@ -196,6 +196,7 @@ enum class Rule {
   kDivergentWarp,
   kBarrierCount,
   kPartialExit,
+  kNoGridWait,
   kMbarrierUnset
 };
 
@@ -223,7 +224,7 @@ __global__ void breaking_kernel() {
 }
 template <Rule kRule>
 void break_rule() {
-  launch(breaking_kernel<kRule>, {dim3(1), 64, 1024}, nullptr);
+  launch(breaking_kernel<kRule>, {dim3(1), 64, 1024, 1, kRule == Rule::kNoGridWait}, nullptr);
 }
 
 void test_rules() {
@@ -233,6 +234,7 @@ void test_rules() {
   expect_failure("divergent warp", break_rule<Rule::kDivergentWarp>);
   expect_failure("disagree on the count", break_rule<Rule::kBarrierCount>);
   expect_failure("1 of 64 have exited", break_rule<Rule::kPartialExit>);
+  expect_failure("exits without griddepcontrol.wait", break_rule<Rule::kNoGridWait>);
   expect_failure("before its init", break_rule<Rule::kMbarrierUnset>);
 }
 

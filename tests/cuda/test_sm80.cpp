@@ -54,7 +54,7 @@ void launch(const Kernel<Params>& kernel, const Params& params) {
 template <class T>
 struct Weights {
   Buffer<T> weight;
-  Buffer<float> scale, shift;
+  Vector scale, shift;
 
   explicit Weights(const Convolution& l) : weight(l.weight), scale(l.scale), shift(l.shift) {}
   Layer layer() const { return {weight.get(), scale.get(), shift.get()}; }

@@ -17,6 +17,7 @@ using reference::Image;
 using reference::Report;
 using reference::Rounding;
 using reference::Values;
+using reference::Vector;
 
 template <class T>
 constexpr DType kType = DType::kBf16;
@@ -60,8 +61,8 @@ Buffer<T> weights(const Convolution& l) {
 }
 
 template <class T>
-ConvParams params_of(const ConvCase& c, const Buffer<T>& x, const Buffer<T>& w, const Buffer<float>& scale,
-                     const Buffer<float>& shift, const Buffer<T>* residual, const Buffer<T>& out) {
+ConvParams params_of(const ConvCase& c, const Buffer<T>& x, const Buffer<T>& w, const Vector& scale,
+                     const Vector& shift, const Buffer<T>* residual, const Buffer<T>& out) {
   ConvParams p;
   p.dtype = kType<T>;
   p.x = x.get(), p.x_pitch = x.pitch(), p.out = out.get(), p.out_pitch = out.pitch();
@@ -122,8 +123,8 @@ void test_conv(const ConvCase& c, Kind kind) {
   const Image unfused = kind == Kind::kRandom ? formula(Rounding::kUnfused) : Image();
   const Buffer<T> x_buffer(x, layer.c + c.x_pad), w_buffer = weights<T>(layer);
   const Buffer<T> side_buffer(side_x, side_x.c + 8), side_weights = weights<T>(side_layer);
-  const Buffer<float> side_scale(side_layer.scale);
-  const Buffer<float> scale(layer.scale), shift(layer.shift);
+  const Vector side_scale(side_layer.scale);
+  const Vector scale(layer.scale), shift(layer.shift);
   const std::unique_ptr<Buffer<T>> side(c.residual ? new Buffer<T>(residual, layer.k + c.x_pad) : nullptr);
   for (const Kernel<ConvParams>& kernel : kernels<ConvParams>()) {
     if (kernel.arch != 90 || kernel.dtype != kType<T> || !std::strstr(kernel.name, filter)) continue;
@@ -196,7 +197,7 @@ void test_bottleneck(const BlockCase& c, Kind kind) {
   const Image unfused = kind == Kind::kRandom ? formula(Rounding::kUnfused) : Image();
   const Buffer<T> x_buffer(x, p.c + 8), w1 = weights<T>(l1), w2 = weights<T>(l2), w3 = weights<T>(l3),
                                         wd = weights<T>(ld);
-  const Buffer<float> s1(l1.scale), b1(l1.shift), s2(l2.scale), b2(l2.shift), s3(l3.scale), b3(l3.shift), sd(ld.scale),
+  const Vector s1(l1.scale), b1(l1.shift), s2(l2.scale), b2(l2.shift), s3(l3.scale), b3(l3.shift), sd(ld.scale),
       bd(ld.shift);
   p.x = x_buffer.get(), p.x_pitch = x_buffer.pitch();
   p.conv1 = {w1.get(), s1.get(), b1.get()};
@@ -264,7 +265,7 @@ void test_rotated(const RotatedCase& c, Kind kind) {
   const Outputs unfused = kind == Kind::kRandom ? formula(Rounding::kUnfused) : Outputs();
   const Buffer<T> h1_buffer(h1, c.mid + 8), x_buffer(x, c.out + 16);
   const Buffer<T> w2 = weights<T>(l2), w3 = weights<T>(l3), w1 = weights<T>(l1);
-  const Buffer<float> s2(l2.scale), b2(l2.shift), s3(l3.scale), b3(l3.shift), s1(l1.scale), b1(l1.shift);
+  const Vector s2(l2.scale), b2(l2.shift), s3(l3.scale), b3(l3.shift), s1(l1.scale), b1(l1.shift);
   p.h1 = h1_buffer.get(), p.h1_pitch = h1_buffer.pitch(), p.x = x_buffer.get(), p.x_pitch = x_buffer.pitch();
   p.conv2 = {w2.get(), s2.get(), b2.get()};
   p.conv3 = {w3.get(), s3.get(), b3.get()};

@@ -24,7 +24,7 @@ void check(bool ok, const char* what, int line) {
 alignas(16) char memory[16];
 const Device kH100{90, 132, kMaxShared};
 const ConvTile kTiles[] = {{128, 128, 5, 2, true, 1},  {128, 128, 5, 2, true, 2}, {128, 256, 3, 2, false, 1},
-                           {128, 256, 3, 2, false, 2}, {128, 64, 8, 2, true, 1},  {64, 64, 6, 1, false, 1}};
+                           {128, 256, 3, 2, false, 2}, {128, 64, 8, 2, true, 1},  {64, 64, 6, 1, false, 1, 2}};
 
 ConvParams layer(int n, int size, int c, int k, int taps, int stride, int padding, int dilation = 1) {
   ConvParams p;
@@ -88,11 +88,13 @@ void test_conv() {
       test_maps(p, tile);
       const ConvArgs a = conv_args(p, tile, splits, nullptr);
       const int grid = conv_grid(a, tile, kH100);
-      CHECK(grid > 0 && grid <= kH100.multiprocessors && grid % tile.cluster == 0);
+      CHECK(grid > 0 && grid <= tile.blocks * kH100.multiprocessors && grid % tile.cluster == 0);
       CHECK(splits == 1 || a.main.steps / splits >= 4);
       CHECK(conv_estimate(p, tile, splits, kH100) > 0);
     }
   const ConvTile small = kTiles[5];
+  CHECK(conv_grid(conv_args(kLayers[0], small, 1, nullptr), small, kH100) == 2 * kH100.multiprocessors);
+  CHECK(conv_grid(conv_args(kLayers[7], small, 1, nullptr), small, kH100) == 1);
   CHECK(conv_splits(kLayers[0], small, kH100) == 1);   // the device is full
   CHECK(conv_splits(kLayers[2], small, kH100) == 16);  // 8 tiles of 72 steps
   CHECK(conv_unsupported<false>(layer(1, 7, 12, 64, 1, 1, 0)) != nullptr);

@@ -17,6 +17,7 @@ struct StemTile {
   static constexpr int kColumns = 64;   // channels
   using Grid = WarpGrid<kRows, kColumns, kWarpsM, kWarpsN>;
   static constexpr int kThreads = Grid::kThreads;
+  static constexpr int kBlocks = 512 / kThreads;  // a multiprocessor runs at once: 128 registers a thread
   using Results = TileRows<kColumns* static_cast<int>(sizeof(T))>;
 };
 
@@ -92,19 +93,34 @@ __device__ void load_stem_weights(unsigned char* to, const StemParams& p, const 
   }
 }
 
-// The input under a tile whose first convolution output is (conv_y, conv_x); zeros outside the image.
+// The input under a tile whose first convolution output is (conv_y, conv_x); zeros outside the image. A warp takes a
+// row. Where the patch's rows are pieces of the image's, as with the 3 channels of a picture, no index is divided: that
+// would take about as many instructions as the products.
 template <class Tile>
 __device__ void load_stem_patch(unsigned char* to, const StemParams& p, const StemGeometry& g, int image, int conv_y,
                                 int conv_x) {
   using T = typename Tile::T;
   const int first_y = conv_y * p.stride - p.pad, first_x = conv_x * p.stride - p.pad;
-  for (int at = threadIdx.x; at < g.patch_h * g.patch_row; at += Tile::kThreads) {
-    const int row = at / g.patch_row, column = at % g.patch_row;
-    const int y = first_y + row, x = first_x + column / g.pixel, c = column % g.pixel;
-    T value = Element<T>::round(0.f);
-    if (y >= 0 && y < p.h && x >= 0 && x < p.w && c < p.c)
-      value = static_cast<const T*>(p.x)[((static_cast<int64_t>(image) * p.h + y) * p.w + x) * p.x_pitch + c];
-    reinterpret_cast<T*>(to)[at] = value;
+  const int lane = threadIdx.x % 32;
+  const bool dense = g.pixel == p.c && p.x_pitch == p.c;
+  for (int row = threadIdx.x / 32; row < g.patch_h; row += Tile::kThreads / 32) {
+    const int y = first_y + row;
+    const bool inside = y >= 0 && y < p.h;
+    const T* from = static_cast<const T*>(p.x) + (static_cast<int64_t>(image) * p.h + y) * p.w * p.x_pitch;
+    T* const values = reinterpret_cast<T*>(to) + row * g.patch_row;
+    if (dense) {
+      const int first = first_x * p.c, end = inside ? p.w * p.c : 0;
+#pragma unroll 4
+      for (int column = lane; column < g.patch_row; column += 32) {
+        const int at = first + column;
+        values[column] = at >= 0 && at < end ? from[at] : Element<T>::round(0.f);
+      }
+    } else {
+      for (int column = lane; column < g.patch_row; column += 32) {
+        const int x = first_x + column / g.pixel, c = column % g.pixel;
+        values[column] = inside && x >= 0 && x < p.w && c < p.c ? from[x * p.x_pitch + c] : Element<T>::round(0.f);
+      }
+    }
   }
 }
 
@@ -187,7 +203,7 @@ __device__ void pool_stem(const unsigned char* results, const StemParams& p, con
 
 // Grid: x over tiles of all images, as many as run at once; y over kColumns channels.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     stem_kernel(const __grid_constant__ StemParams p, const __grid_constant__ StemGeometry g) {
   using T = typename Tile::T;
   using Grid = typename Tile::Grid;

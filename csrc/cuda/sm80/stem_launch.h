@@ -10,7 +10,6 @@
 namespace resnet_fused::cuda::sm80 {
 
 constexpr int kStemSharedBytes = 99 * 1024;  // what a block of every GPU from sm_80 on may have
-constexpr int kStemBlocks = 2;               // a multiprocessor runs at once; each loads the weights once
 
 template <class Tile>
 struct StemEntry {
@@ -43,12 +42,13 @@ struct StemEntry {
   static int64_t workspace_bytes(const StemParams&, const Device&) { return 0; }
   static void launch(const StemParams& p, const Device& device, void*, cudaStream_t stream) {
     const StemGeometry g = geometry(p);
+    // As many as run at once: each loads the weights, once.
     const int64_t blocks =
-        std::min<int64_t>(tiles(p, g), static_cast<int64_t>(kStemBlocks) * std::max(1, device.multiprocessors));
+        std::min<int64_t>(tiles(p, g), static_cast<int64_t>(Tile::kBlocks) * std::max(1, device.multiprocessors));
     if (blocks == 0) return;
-    cuda::launch(stem_kernel<Tile>,
-                 LaunchShape{dim3(static_cast<unsigned>(blocks), column_blocks(p)), Tile::kThreads, g.shared_bytes},
-                 stream, p, g);
+    LaunchShape shape{dim3(static_cast<unsigned>(blocks), column_blocks(p)), Tile::kThreads, g.shared_bytes};
+    shape.most_shared_bytes = kStemSharedBytes;
+    cuda::launch(stem_kernel<Tile>, shape, stream, p, g);
   }
 };
 
@@ -62,10 +62,14 @@ Kernel<StemParams> stem() {
                                                Tile::kThreads, kStemSharedBytes, stem_kernel<Tile>);
 }
 
-// A large tile for batches, a small one for single images.
+// A large tile for batches, as large as registers and shared memory allow beside a second block; a small one for single
+// images.
+template <class T>
+using LargeStem = std::conditional_t<sizeof(T) == 2, StemTile<T, 256, 4, 2>, StemTile<T, 160, 2, 4>>;
+
 template <class T>
 struct StemInstances {
-  Registered<StemParams> large{stem<StemTile<T, 320, 4, 2>>()};
+  Registered<StemParams> large{stem<LargeStem<T>>()};
   Registered<StemParams> small{stem<StemTile<T, 96, 2, 2>>()};
 };
 

@@ -260,12 +260,14 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const Turns turns{ring.base + Ring<T::kStages>::kBytes};
   const uint32_t weights_full = turns.base + Turns::kBytes;
   if (threadIdx.x == 0) {
+    prefetch_maps(map_x, map_w1, map_w2, map_w3, map_wd);
     ring.init(4);
     turns.init(4);
     ptx::mbar_init(weights_full, 1);
     ptx::mbar_init(weights_full + 8, 1);
     ptx::fence_init();
   }
+  take_turn();
   for (int i = threadIdx.x; i < T::kVectors; i += T::kThreads)
     *reinterpret_cast<float*>(smem + T::vector_offset(i)) = bottleneck64_vector<T>(args, i);
   __syncthreads();

@@ -20,7 +20,7 @@ Kernel<BottleneckParams> bottleneck64(const char* name, DType dtype) {
     const CUtensorMap wd =
         T::kProjection ? encode_tensor_map(bottleneck64_map_permuted(p.projection.weight, p.dtype)) : w3;
     launch(bottleneck64_kernel<T>,
-           {dim3(static_cast<unsigned>(bottleneck64_grid(args, device))), T::kThreads, T::kShared}, stream,
+           {dim3(static_cast<unsigned>(bottleneck64_grid(args, device))), T::kThreads, T::kShared, 1, true}, stream,
            encode_tensor_map(bottleneck64_map_x(p)),
            encode_tensor_map(bottleneck64_map_rows(p.conv1.weight, p.dtype, p.c)),
            encode_tensor_map(bottleneck64_map_rows(p.conv2.weight, p.dtype, 9 * 64)), w3, wd, args);

@@ -301,10 +301,12 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const uint32_t shortcut_full = ring.base + Ring<T::kStages>::kBytes;
   const int rank = T::kCluster == 1 ? 0 : ptx::cluster_rank();
   if (threadIdx.x == 0) {
+    prefetch_maps(map_x, map_w1, map_w2, map_w3, map_shortcut, map_y);
     ring.init(8 * T::kCluster);
     for (int g = 0; g < T::kGroups; g++) ptx::mbar_init(shortcut_full + 8 * g, 1);
     ptx::fence_init();
   }
+  take_turn();
   if constexpr (T::kCluster == 1) {
     __syncthreads();
   } else {

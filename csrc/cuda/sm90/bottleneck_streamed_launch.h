@@ -26,12 +26,12 @@ Kernel<BottleneckParams> streamed_bottleneck(const char* name, DType dtype) {
     const auto weights = [&p](const Layer& layer, int rows, int columns) {
       return encode_tensor_map(streamed_bottleneck_weights<T>(p, layer.weight, rows, columns));
     };
-    launch(
-        streamed_bottleneck_kernel<T>,
-        {dim3(static_cast<unsigned>(streamed_bottleneck_grid<T>(args, device))), T::kThreads, T::kShared, T::kCluster},
-        stream, image(p.x, p.x_pitch, T::kPieceH, T::kHaloW), weights(p.conv1, T::kMid, T::kOut),
-        weights(p.conv2, T::kMid, 9 * T::kMid), weights(p.conv3, T::kOut, T::kMid),
-        image(p.x, p.x_pitch, T::kTileH, T::kTileW), image(p.out, p.out_pitch, T::kTileH, T::kTileW), args);
+    launch(streamed_bottleneck_kernel<T>,
+           {dim3(static_cast<unsigned>(streamed_bottleneck_grid<T>(args, device))), T::kThreads, T::kShared,
+            T::kCluster, true},
+           stream, image(p.x, p.x_pitch, T::kPieceH, T::kHaloW), weights(p.conv1, T::kMid, T::kOut),
+           weights(p.conv2, T::kMid, 9 * T::kMid), weights(p.conv3, T::kOut, T::kMid),
+           image(p.x, p.x_pitch, T::kTileH, T::kTileW), image(p.out, p.out_pitch, T::kTileH, T::kTileW), args);
   };
   return k;
 }

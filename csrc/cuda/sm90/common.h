@@ -30,6 +30,19 @@ __device__ __forceinline__ float2 unpack(uint32_t word) {
   }
 }
 
+/// By every thread of a kernel that is launched as programmatic, before it touches global memory: until here its start
+/// overlaps the end of the kernel ahead of it, and the kernel behind it may come as far from now on.
+__device__ inline void take_turn() {
+  ptx::grid_wait();
+  ptx::grid_launch_dependents();
+}
+
+/// By one thread, early: the first TMA of each map then does not wait for its 128 bytes.
+template <class... Maps>
+__device__ void prefetch_maps(const Maps&... maps) {
+  (ptx::tma_prefetch(&maps), ...);
+}
+
 /// Offset of 16 bytes (channel chunk `chunk` of row `row`) in a staging buffer as TMA lays it out with a 128-byte
 /// swizzle.
 template <class T>

@@ -39,6 +39,8 @@ struct ConvTraits {
   static constexpr int kBarriers = kVectors + kGroups * (1 + kSums) * kTileN * 4;
   static constexpr int kShared = kBarriers + Ring<kStages>::kBytes + Turns::kBytes + 8 * kGroups;
 
+  static constexpr int kBlocks = kGroups == 1 && 2 * (kShared + 1024) <= 228 * 1024 ? 2 : 1;  // a multiprocessor runs
+
   static_assert(kGroupM % 64 == 0 && kTileN % 64 == 0 && kTileN <= 256 && kStages >= 2 && kShared <= kMaxShared);
   static_assert(!kPingPong || kGroups == 2);
   static_assert(kMmaM * kTileN * kSums <= 256, "at most 128 accumulators a thread");
@@ -77,9 +79,11 @@ struct ConvProducer {
     const ConvSource& s = o.source;
     const int image = work.m0 / (a.out_h * a.out_w);
     const int h = work.m0 / a.out_w % a.out_h * s.stride_h - s.pad_h, w = work.m0 % a.out_w * s.stride_w - s.pad_w;
+    // Counted, not divided: two divisions a step would take this one thread longer than the products of a small tile.
+    const int tap = first / s.channel_steps;
+    int tap_h = tap / s.taps_w, tap_w = tap % s.taps_w, chunk = first % s.channel_steps;
     for (int step = first; step < end; step++, position.use++) {
-      const int tap = step / s.channel_steps, c = step % s.channel_steps * kDepth;
-      const int tap_h = tap / s.taps_w, tap_w = tap % s.taps_w;
+      const int c = chunk * kDepth;
       const uint32_t stage = shared + position.stage() * T::kStageBytes, full = ring.full(position.stage());
       ring.acquire(position, T::kStageBytes);
       if (s.im2col) {
@@ -93,6 +97,10 @@ struct ConvProducer {
         constexpr int kShare = T::kTileN / T::kCluster;
         ptx::tma_load_multicast_4d(stage + T::kBytesX + rank * kShare * kRowBytes, o.w, full, (1 << T::kCluster) - 1, c,
                                    tap_w, tap_h, work.n0 + rank * kShare);
+      }
+      if (++chunk == s.channel_steps) {
+        chunk = 0;
+        if (++tap_w == s.taps_w) tap_w = 0, ++tap_h;
       }
     }
   }
@@ -120,7 +128,7 @@ struct ConvConsumer {
   Sum sums[T::kSums];  // of the main convolution, and of the projection
 
   __device__ bool leader() const { return threadIdx.x % 128 == 0; }
-  __device__ void group_sync() const { ptx::bar_sync(1 + group, 128); }
+  __device__ void group_sync() const { ptx::bar_sync(T::kGroups == 1 ? 1 : 1 + group, 128); }
 
   /// Frees the staging buffer, starts fetching the residual into it, and fetches scale and shift.
   __device__ void prefetch(const ConvWork& work) {
@@ -261,7 +269,7 @@ struct ConvConsumer {
 };
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 1)
+__global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     conv_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_w,
                 const __grid_constant__ CUtensorMap map_projection_x,
                 const __grid_constant__ CUtensorMap map_projection_w, const __grid_constant__ CUtensorMap map_residual,
@@ -273,11 +281,13 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const uint32_t residual_full = turns.base + Turns::kBytes;
   const int rank = T::kCluster == 1 ? 0 : ptx::cluster_rank();
   if (threadIdx.x == 0) {
+    prefetch_maps(map_x, map_w, map_projection_x, map_projection_w, map_residual, map_out);
     ring.init(T::kReleases);
     turns.init(4);
     for (int g = 0; g < T::kGroups; g++) ptx::mbar_init(residual_full + 8 * g, 1);
     ptx::fence_init();
   }
+  take_turn();
   if constexpr (T::kCluster == 1) {
     __syncthreads();
   } else {

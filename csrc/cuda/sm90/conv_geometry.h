@@ -13,6 +13,7 @@ struct ConvTile {
   int m, n, stages, groups;
   bool ping_pong;
   int cluster;
+  int blocks = 1;  // that fit a multiprocessor
 };
 
 /// A convolution that is summed up: where its taps lie, and its depth in steps of kDepth channels of one tap.
@@ -77,9 +78,10 @@ inline int conv_splits(const ConvParams& p, const ConvTile& tile, const Device& 
                   std::min({a.main.steps / 4, device.multiprocessors / std::max(1, conv_items(a, tile.cluster)), 16}));
 }
 
-/// Blocks: persistent, at most one a multiprocessor, whole clusters.
+/// Blocks: persistent, at most as many as run at once, whole clusters.
 inline int conv_grid(const ConvArgs& a, const ConvTile& tile, const Device& device) {
-  return std::max(1, std::min(conv_items(a, tile.cluster), device.multiprocessors / tile.cluster)) * tile.cluster;
+  const int most = tile.blocks * device.multiprocessors / tile.cluster;
+  return std::max(1, std::min(conv_items(a, tile.cluster), most)) * tile.cluster;
 }
 
 /// x: [pixels][channels], or [n][h][w][c] that im2col walks over.
@@ -142,10 +144,11 @@ inline float conv_estimate(const ConvParams& p, const ConvTile& tile, int splits
   const float main = step * static_cast<float>(a.main.steps + a.projection.steps) / static_cast<float>(splits);
   const float element = splits > 1 ? 8 : a.residual ? 4 : 2;  // bytes to and from memory per result
   const float epilogue = 300 + static_cast<float>(tile.m) * static_cast<float>(tile.n) * element / 13;
-  const float each = tile.ping_pong ? std::max(main, epilogue) : main + epilogue;
+  const int grid = conv_grid(a, tile, device);
+  const float beside = grid > device.multiprocessors ? 2 : 1;  // tiles that a multiprocessor works on at a time
+  const float each = tile.ping_pong ? std::max(main, epilogue) : std::max(beside * main, main + epilogue);
   const float start = splits > 1 ? 6000 : 1500;  // clocks; the second kernel of a split sum included
-  const float rounds =
-      static_cast<float>(ceil_div(conv_items(a, tile.cluster) * tile.cluster, conv_grid(a, tile, device)));
+  const auto rounds = static_cast<float>(ceil_div(conv_items(a, tile.cluster) * tile.cluster, grid));
   return (start + rounds * each) / 1700;
 }
 

@@ -8,7 +8,7 @@ namespace resnet_fused::cuda::sm90 {
 
 template <class T>
 constexpr ConvTile tile_of() {
-  return {T::kTileM, T::kTileN, T::kStages, T::kGroups, T::kPingPong, T::kCluster};
+  return {T::kTileM, T::kTileN, T::kStages, T::kGroups, T::kPingPong, T::kCluster, T::kBlocks};
 }
 
 template <class T>
@@ -22,8 +22,8 @@ void conv_launch(const ConvParams& p, const Device& device, int splits, float* p
   const CUtensorMap x = encode_tensor_map(conv_map_x(p, kTile)), w = encode_tensor_map(conv_map_weight(p, kTile));
   const ConvParams projection = conv_projection(p);
   launch(conv_kernel<T>,
-         {dim3(static_cast<unsigned>(conv_grid(args, kTile, device))), T::kThreads, T::kShared, T::kCluster}, stream, x,
-         w, T::kDual ? encode_tensor_map(conv_map_x(projection, kTile)) : x,
+         {dim3(static_cast<unsigned>(conv_grid(args, kTile, device))), T::kThreads, T::kShared, T::kCluster, true},
+         stream, x, w, T::kDual ? encode_tensor_map(conv_map_x(projection, kTile)) : x,
          T::kDual ? encode_tensor_map(conv_map_weight(projection, kTile)) : w, residual, out, args);
 }
 
@@ -65,8 +65,8 @@ Kernel<ConvParams> conv_split(const char* name, DType dtype) {
     if (pixels == 0) return;
     const ConvReduceArgs args{partial,          p.conv.scale, p.conv.shift, p.residual, p.out, pixels,
                               p.residual_pitch, p.out_pitch,  p.k,          splits,     p.relu};
-    launch(conv_reduce_kernel<typename T::Element>, {dim3(static_cast<unsigned>((threads + 255) / 256)), 256}, stream,
-           args);
+    launch(conv_reduce_kernel<typename T::Element>,
+           {dim3(static_cast<unsigned>((threads + 255) / 256)), 256, 0, 1, true}, stream, args);
   };
   return k;
 }

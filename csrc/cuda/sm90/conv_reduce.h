@@ -16,6 +16,7 @@ struct ConvReduceArgs {
 /// A thread finishes 8 channels of a pixel: 16 bytes.
 template <class Element>
 __global__ void __launch_bounds__(256) conv_reduce_kernel(const __grid_constant__ ConvReduceArgs a) {
+  take_turn();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   const int chunks = a.channels / 8;
   if (index >= a.pixels * chunks) return;

@@ -267,10 +267,12 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const uint32_t sides_full = ring.base + Ring<T::kStages>::kBytes;
   const int rank = T::kCluster == 1 ? 0 : ptx::cluster_rank();
   if (threadIdx.x == 0) {
+    prefetch_maps(map_h1, map_w2, map_w3, map_w1, map_x, map_y, map_h1_next);
     ring.init(8 * T::kCluster);
     for (int i = 0; i < T::kGroups * T::kSides; i++) ptx::mbar_init(sides_full + 8 * i, 1);
     ptx::fence_init();
   }
+  take_turn();
   float* vectors = reinterpret_cast<float*>(smem + T::kVector);
   for (int i = threadIdx.x; i < T::kVectors; i += T::kThreads) vectors[i] = rotated_vector<T>(args, i);
   if constexpr (T::kCluster == 1) {

@@ -27,8 +27,8 @@ Kernel<RotatedParams> rotated(const char* name, DType dtype) {
     };
     const CUtensorMap w3 = weights(p.conv3, T::kOut, T::kMid, kDepth), y = side(p.y, T::kOut, p.y_pitch);
     launch(rotated_kernel<T>,
-           {dim3(static_cast<unsigned>(rotated_grid<T>(args, device))), T::kThreads, T::kShared, T::kCluster}, stream,
-           encode_tensor_map(rotated_map_h1<T>(p)), weights(p.conv2, T::kMid, 9 * T::kMid, T::kMid), w3,
+           {dim3(static_cast<unsigned>(rotated_grid<T>(args, device))), T::kThreads, T::kShared, T::kCluster, true},
+           stream, encode_tensor_map(rotated_map_h1<T>(p)), weights(p.conv2, T::kMid, 9 * T::kMid, T::kMid), w3,
            args.next ? weights(p.conv1, T::kMid, T::kOut, T::kMid) : w3, side(p.x, T::kOut, p.x_pitch), y,
            args.next ? side(p.h1_next, T::kMid, p.h1_next_pitch) : y, args);
   };
