@@ -262,17 +262,19 @@ def run_group(job: Job, name: str, arguments: Sequence[str], limit: float) -> Gr
     command = [job.python, "-m", "pytest", *arguments, "--results", str(results), "-p", "no:cacheprovider"]
     command += ["--device", job.device, "-q", "--tb=short", "-o", "addopts=--strict-markers"]
     for _ in range(MOST_RESTARTS):
-        known = len(read_results(results))
+        known = read_results(results)
         if end - time.monotonic() < 5:
             return Group(name, read_results(results), False)
         done = job.run(command, name, end - time.monotonic())
         outcomes = read_results(results)
-        if done.status in (0, 1, NOTHING_COLLECTED):
+        # A test that hung ends its process with 1, as failures do, but has no outcome.
+        hung = any(outcome == "started" and known.get(test) != "started" for test, outcome in outcomes.items())
+        if done.status in (0, NOTHING_COLLECTED) or (done.status == 1 and not hung):
             return Group(name, outcomes, True)
         if done.status is None:  # the test that was running may be slow, or may only have come last: it runs again
             forget_started(results)
             return Group(name, read_results(results), False)
-        if len(outcomes) == known:
+        if len(outcomes) == len(known):
             return Group(name, outcomes, True, f"status {done.status}: {done.last_line()}")
     return Group(name, read_results(results), False, f"{MOST_RESTARTS} processes were lost")
 

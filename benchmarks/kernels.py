@@ -92,7 +92,7 @@ def _layer(x, w, scale, shift, residual=None, *, activation="relu", **geometry):
 
 
 def _norm(x, scale, shift):
-    return functional.batch_norm(x, torch.zeros_like(shift), torch.ones_like(shift), scale, shift, eps=0)
+    return functional.batch_norm(x, torch.zeros_like(shift), torch.ones_like(shift), scale, shift, eps=1e-30)
 
 
 def _conv(x, w, scale, shift, residual, in_scale, in_shift, **options):

@@ -50,7 +50,7 @@ class Layer(NamedTuple):
         """The weight whose packs have to go when it may have changed without a trace."""
         return None if self.conv is None else self.conv._parameters.get("weight")
 
-    def fold(self) -> tuple[Tensor, Tensor]:
+    def fold(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Scale (None without BatchNorm) and shift, [K], in float32 (float64 for a float64 module); differentiable."""
         norm, conv = self.norm, self.conv
         if norm is None:
@@ -114,6 +114,6 @@ class Selection:
         """Nothing."""
         return None
 
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """No scale, and a shift of zeros in float32."""
-        return None, torch.zeros(self.out)  # type: ignore[return-value]
+    def fold(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """No scale, and a shift of zeros in float32, on the device of another layer's weight."""
+        return None, torch.zeros(self.out, device=like.device)  # type: ignore[return-value]

@@ -417,7 +417,7 @@ class Fusion:
                     addresses=[*map(address, sources)],
                     versions=None if any(t.is_inference() for t in sources) else [*map(version, sources)],
                     eps=self.watched.eps(),
-                    vectors=[layer.fold() for layer in self.layers],
+                    vectors=[layer.fold(self._first.weight) for layer in self.layers],
                 )
         like = self._first.weight
         return [(layer.weight(like), *vectors) for layer, vectors in zip(self.layers, kept.vectors, strict=True)]
@@ -425,7 +425,7 @@ class Fusion:
     def fold(self) -> Sequence[Arguments]:
         """`arguments`, computed afresh and differentiable."""
         like = self._first.weight
-        return [(layer.weight(like), *layer.fold()) for layer in self.layers]
+        return [(layer.weight(like), *layer.fold(like)) for layer in self.layers]
 
     def refold(self) -> None:
         """Forget the kept scales and shifts, the packed weights and what was recorded with them."""

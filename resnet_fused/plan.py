@@ -149,7 +149,10 @@ def _gpu_candidates(
         for c in GPU_KERNELS[name].candidates(shape, dtype, device)
     ]
     if not isinstance(shape, Conv):
-        layers = [choose(layer, dtype, device, name, accuracy, state) for layer in shape.layers()]
+        try:
+            layers = [choose(layer, dtype, device, name, accuracy, state) for layer in shape.layers()]
+        except BackendError:  # a stem's convolution of 3 channels has no kernel of its own
+            return found
         known = [layer.seconds[0][1] for layer in layers if layer.seconds]
         # What a pooling takes beside the layers is not known.
         complete = len(known) == len(layers) and not isinstance(shape, Transition | Head)

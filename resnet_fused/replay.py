@@ -169,6 +169,7 @@ def _record(fusions: Sequence[Fusion], blocks: Sequence[nn.Module], route: Route
         return None
     if watched.why_unfused(CPU) is not None or _wants_gradients(x, watched.tensors()):
         return None
+    before = _states(watched.tensors())
     handles: list[Tensor] = []
     choices: list[list[plan.Choice]] = []
     for fusion in fusions:
@@ -186,7 +187,14 @@ def _record(fusions: Sequence[Fusion], blocks: Sequence[nn.Module], route: Route
     # One that cannot be recorded is watched all the same: it is not tried again at every call.
     count = max(1, len(handles))
     noted = [choice for each in choices[: len(handles)] for choice in each]
-    return Recording(fusions[:count], blocks[:count], route, handles, noted)
+    recording = Recording(fusions[:count], blocks[:count], route, handles, noted)
+    # What another thread changed meanwhile may be in what was folded and packed, or not: then it is recorded again.
+    return recording if _states(watched.tensors()) == before else None
+
+
+def _states(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    """Which tensors these are, where, and of which version; inference tensors have none."""
+    return [(id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
 
 
 def _handle(fusion: Fusion, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ its train mode or another module in its place cut the chain there, and calling a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -90,10 +90,10 @@ def is_stage(fusions: Sequence[Fusion | None]) -> bool:
 
 def _run(children: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
     """Run the first child, or as many as may run together; the output, and how many they were."""
-    fusions = [*itertools.takewhile(lambda fusion: fusion is not None, map(_fusion, children))]
+    fusions = _leading(map(_fusion, children))
     blocks = children[: len(fusions)]
     if len(blocks) > 1:
-        output, count = replay.run(fusions, x, blocks)  # type: ignore[arg-type]
+        output, count = replay.run(fusions, x, blocks)
         if count:
             return output, count
         chain = _chain(blocks, x)
@@ -104,11 +104,10 @@ def _run(children: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
 
 def _run_steps(steps: Sequence[Step], x: Any) -> tuple[Any, int]:
     """Run the first step, or as many as may run together; the output, and how many they were."""
-    found = map(_step_fusion, steps)
-    fusions = [*itertools.takewhile(lambda fusion: fusion is not None, found)]
+    fusions = _leading(map(_step_fusion, steps))
     if len(fusions) > 1 and is_image(x):
         heads = [modules[0] for modules, _ in steps[: len(fusions)]]
-        output, count = replay.run(fusions, x, heads)  # type: ignore[arg-type]
+        output, count = replay.run(fusions, x, heads)
         if count:
             return output, count
     modules, fusion = steps[0]
@@ -117,6 +116,16 @@ def _run_steps(steps: Sequence[Step], x: Any) -> tuple[Any, int]:
     for module in modules:
         x = module(x)
     return x, 1
+
+
+def _leading(fusions: Iterable[Fusion | None]) -> list[Fusion]:
+    """Those before the first None; not by itertools.takewhile, which torch.compile of torch 2.11 does not know."""
+    found = []
+    for fusion in fusions:
+        if fusion is None:
+            break
+        found.append(fusion)
+    return found
 
 
 def _step_fusion(step: Step) -> Fusion | None:

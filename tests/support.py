@@ -96,7 +96,7 @@ def layer(x, weight, scale, shift, residual=None, *, activation="relu", **geomet
         y = functional.conv2d(x, weight, None, **geometry)
     mean, var = torch.zeros(k, dtype=shift.dtype), torch.ones(k, dtype=shift.dtype)
     if 0 not in y.shape:
-        y = functional.batch_norm(y, mean, var, scale, shift, eps=0)
+        y = functional.batch_norm(y, mean, var, scale, shift, eps=1e-30)
     if residual is not None:
         y = y + residual
     return y.relu() if activation == "relu" else y

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import resnet_fused as rf
 from resnet_fused.errors import InputError
+from resnet_fused.matchers import probe
 from resnet_fused.nn import plain
 
 
@@ -868,3 +869,50 @@ def test_transforms_of_torch_func_and_forward_mode():
             for m in (fast, model)
         ]
     torch.testing.assert_close(*tangents)
+
+
+class _ChangesItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        x += y
+        return torch.relu(x)
+
+
+def test_block_that_changes_its_input_in_place() -> None:
+    """Whoever reads the input afterwards would not find the change if the block were one op."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+            self.block = _ChangesItsInput()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            side = torch.relu(self.norm(self.stem(x)))
+            return self.block(side) - side
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(2, 3, 9, 9)
+    fast = rf.fuse(model)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_fusing_leaves_precision_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are compared in full float32, whatever a GPU may use otherwise."""
+    seen = []
+    run = probe.run_original
+
+    def spy(*args: object, **kwargs: object) -> torch.Tensor:
+        seen.append(torch.backends.cudnn.conv.fp32_precision)
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(probe, "run_original", spy)
+    before = torch.backends.cudnn.conv.fp32_precision
+    rf.fuse(rf.models.resnet20_cifar().eval())
+    assert set(seen) == {"ieee"}
+    assert torch.backends.cudnn.conv.fp32_precision == before

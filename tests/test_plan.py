@@ -8,7 +8,7 @@ from support import EXAMPLES, bottleneck_case, conv_case
 
 from resnet_fused import plan, settings
 from resnet_fused.errors import BackendError
-from resnet_fused.kernels import cpu, native
+from resnet_fused.kernels import cpu, cuda, native
 from resnet_fused.shapes import BasicBlock, Bottleneck, Conv, DenseBlock, Stem
 
 CPU = torch.device("cpu")
@@ -190,3 +190,16 @@ def test_environment_variable_names_the_backend(monkeypatch):
         conv_case().run()
         conv_case().run(backend="vendor")
     assert [c.backend for c in choices] == ["reference", "vendor"]
+
+
+@pytest.mark.skipif(cuda.built() is not None, reason="no CUDA kernels")
+def test_stem_on_a_gpu_without_a_kernel_for_its_convolution(monkeypatch):
+    """A convolution of 3 channels alone has none: the whole stem is what there is, and no error."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "device_of", lambda device: cuda.Device(90, 132, 232448))
+    monkeypatch.setattr(cuda, "_driver_lack", lambda: "")
+    monkeypatch.setattr(plan.tuned, "backend_seconds", lambda *key: None)
+    gpu, state = torch.device("cuda", 0), plan.state(CPU)
+    found = plan._gpu_candidates("cuda", SHAPES["stem"], torch.bfloat16, gpu, "strict", state)
+    assert [candidate.algorithm for candidate in found] == ["whole"]
+    plan.choose.cache_clear()

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_fused as rf
 from resnet_fused import plan, replay
+from resnet_fused.fusion import unfused
 from resnet_fused.kernels import native
 from resnet_fused.nn import plain
 
@@ -770,3 +771,27 @@ def test_memory_between_stages_is_given_back():
         before = native.bindings.cached_bytes()
         model(x)
     assert native.bindings.cached_bytes() - before < 5 * 16 * 64 * 56 * 56 * 4
+
+
+def test_change_while_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may change a weight between its packing and the recording: the next call sees it."""
+    torch.manual_seed(0)
+    model = rf.models.resnet20_cifar().eval()
+    fast, x = rf.fuse(model), torch.randn(1, 3, 32, 32)
+    handle, changed = replay._handle, []
+
+    def change(fusion, y):
+        made = handle(fusion, y)
+        if not changed:
+            changed.append(fusion)
+            with torch.no_grad():
+                fusion.convs[0].weight.mul_(1.5)
+        return made
+
+    monkeypatch.setattr(replay, "_handle", change)
+    with torch.no_grad():
+        fast(x)
+        assert changed
+        with unfused():
+            expected = fast(x)
+        torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-4)
