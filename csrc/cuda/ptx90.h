@@ -3,9 +3,8 @@
 //
 // mbarrier (8 bytes of shared memory)
 //   mbar_init(m, n)            n arrivals complete a phase; then fence_init() and a block (cluster) barrier
-//   mbar_arrive(m)             one arrival; mbar_arrive_cluster(remote) at another block's, from mapa: says that wgmma
-//   is
-//                              done with memory, and orders no plain loads and stores before it
+//   mbar_arrive(m)             one arrival
+//   mbar_arrive_cluster(m)     one at another block's, from mapa: after wgmma's reads, orders no plain loads and stores
 //   mbar_expect_tx(m, bytes)   one arrival that also expects bytes of TMA
 //   mbar_wait(m, parity)       until the phase of this parity is complete; a fresh barrier has completed parity 1
 //
