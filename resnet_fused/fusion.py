@@ -253,6 +253,10 @@ class Watched:
 
     def why_unfused(self, device: torch.device | None) -> str | None:
         """Why the original modules have to run now, or None if the op can."""
+        return self.why_changed() or self.where_unfused(device)
+
+    def why_changed(self) -> str | None:
+        """`why_unfused`, as far as it is a matter of the modules and not of where the call comes from."""
         if any(self.hooks):
             return "a hook on a module inside it"
         if self.changed():
@@ -266,7 +270,7 @@ class Watched:
             return "a parameter or buffer inside it was added or taken away"
         if any([name in m.__dict__ for m in self.present for name in CALL_ATTRIBUTES]):
             return "the forward of a module inside it was replaced"
-        return self.where_unfused(device)
+        return None
 
     def where_unfused(self, device: torch.device | None) -> str | None:
         """`why_unfused`, as far as it is a matter of where the call comes from and not of the modules."""
@@ -377,16 +381,20 @@ class Fusion:
 
     def why_unfused(self, x: Any) -> str | None:
         """Why the original modules have to run now, or None if the op can."""
-        return self.watched.why_unfused(x.device if isinstance(x, Tensor) else None)
+        return self.why_left(x) or self.watched.why_unfused(x.device if isinstance(x, Tensor) else None)
+
+    def why_left(self, x: Any) -> str | None:
+        """Why this input is left to the original modules, wherever the call comes from."""
+        return None
 
     def changed(self) -> bool:
         """Whether the modules inside are no longer the ones it was made from."""
         return self.watched.changed()
 
     def run_steps(self, steps: Sequence[nn.Module], x: Tensor) -> Any:
-        """The output of modules that stand where its steps do in another copy of the model."""
+        """The output of modules that stand where its steps do in another copy of the model, without their own hooks."""
         for step in steps:
-            x = step(x)
+            x = step.forward(x)
         return x
 
     @property
@@ -543,18 +551,18 @@ class HeadFusion(Fusion):
 
     op = "head"
 
-    def why_unfused(self, x: Any) -> str | None:  # noqa: D102
+    def why_left(self, x: Any) -> str | None:  # noqa: D102
         backend = resolve_backend(self.settings.backend)
         if isinstance(x, Tensor) and backend != "triton":
             if x.device.type != "cpu":
                 return "on a GPU the end of a classifier is torch's"
             if backend == "auto" and not (x.dtype in cpu.DTYPES and native.available()):
                 return "no kernel of this package takes it"
-        return super().why_unfused(x)
+        return None
 
     def run_steps(self, steps: Sequence[nn.Module], x: Tensor) -> Any:  # noqa: D102
         pool, linear = steps
-        return linear(pool(x).flatten(1))[:, :, None, None]
+        return linear.forward(pool.forward(x).flatten(1))[:, :, None, None]
 
     def compute(self, x: Tensor, arguments: Sequence[Arguments], backend: str, accuracy: str) -> Tensor:  # noqa: D102
         ((weight, _, bias),) = arguments

@@ -81,7 +81,54 @@ def test_nan_and_infinity():
     exact = [torch.tensor([1.0, nan, inf], dtype=torch.float64)]
     assert largest_error([torch.tensor([1.0, nan, inf])], exact) == 0
     for wrong in ([1.0, 2.0, inf], [1.0, nan, -inf], [nan, nan, inf], [1.0, nan, 3.0]):
-        assert not judge("", "", [torch.tensor(wrong)], [torch.tensor([1.0, nan, inf])], exact, 0.0).ok
+        assert not judge("", "", [torch.tensor(wrong)], [[torch.tensor([1.0, nan, inf])]], exact, 0.0).ok
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8)])
+def test_one_rounding_is_allowed_where_the_original_is_exact(dtype, rounding):
+    exact, plain = [torch.tensor([4.0, 1.0], dtype=torch.float64)], [[torch.tensor([4.0, 1.0], dtype=dtype)]]
+    right = [torch.tensor([4.0, 1.0 + 2 * rounding], dtype=dtype)]
+    wrong = [torch.tensor([4.0 - 8 * rounding, 1.0], dtype=dtype)]
+    assert judge("", "", right, plain, exact, 0.0).limit == 4 * rounding
+    assert judge("", "", right, plain, exact, 0.0).ok
+    assert not judge("", "", wrong, plain, exact, 0.0).ok
+
+
+class CoarseInChannelsLast(nn.Module):
+    def forward(self, x):
+        return x * (1 + 1e-5) if x.is_contiguous(memory_format=torch.channels_last) else x * 1.0
+
+
+def test_what_is_less_exact_in_channels_last_may_stay_so():
+    """Fused layers give channels_last, and what comes after them sees that."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), CoarseInChannelsLast()).eval()
+    fast = rf.fuse(model)
+    report = rf.verify(model, fast, images())
+    assert report.ok, f"\n{report}"
+    assert report.rows[-1].unfused_error > 5e-6 * report.rows[-1].magnitude
+    assert report.rows[0].unfused_error < 1e-6 * report.rows[0].magnitude
+
+
+def test_hooks_on_blocks_do_not_count():
+    model, x = tiny(), images()
+    model.layer1[1].register_forward_hook(lambda module, args, y: 2 * y)
+    model.layer1[1].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    report = rf.verify(model, rf.fuse(model), x)
+    assert report.ok
+    assert [row.block for row in report.rows] == [*BLOCKS, "end to end"]
+
+
+def test_blocks_that_do_not_run_fused_have_no_row():
+    model, x = tiny(), images()
+    fast = rf.fuse(model, backend="reference")
+    assert "avgpool..fc" in [row.block for row in rf.verify(model, fast, x).rows]
+    fast.layer1[1].bn1.register_forward_hook(lambda module, args, y: None)
+    assert [row.block for row in rf.verify(model, fast, x).rows] == [
+        *(name for name in BLOCKS if name != "layer1.1"), "end to end",
+    ]  # fmt: skip
+    fast = rf.fuse(model)
+    meta = torch.empty_like(x, device="meta")
+    assert fast.avgpool._fused_op.why_left(meta) == "on a GPU the end of a classifier is torch's"
 
 
 def test_empty_batch():

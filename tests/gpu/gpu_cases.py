@@ -19,7 +19,7 @@ from triton_cases import Case
 
 from resnet_fused import plan
 from resnet_fused.errors import BackendError
-from resnet_fused.kernels import cuda, native
+from resnet_fused.kernels import cuda, cudnn, native
 from resnet_fused.kernels import triton as triton_kernels
 from resnet_fused.kernels.layers import DenseLayer
 from resnet_fused.kernels.precision import allow_tf32
@@ -236,13 +236,18 @@ def _project_reference(call: Sample) -> Tensor:
 
 @contextlib.contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
-    """Set torch's switch for products of float32 convolutions as a key of `DTYPES` says."""
-    switch = (torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn).conv
-    before, switch.fp32_precision = switch.fp32_precision, "ieee" if name == "fp32" else "tf32"
+    """Set torch's switches for products of float32 convolutions and matrices as a key of `DTYPES` says."""
+    on_gpu = device.type == "cuda"
+    convolutions = (torch.backends.cudnn if on_gpu else torch.backends.mkldnn).conv
+    switches = [convolutions, (torch.backends.cuda if on_gpu else torch.backends.mkldnn).matmul]
+    before = [switch.fp32_precision for switch in switches]
     try:
+        for switch in switches:
+            switch.fp32_precision = "ieee" if name == "fp32" else "tf32"
         yield
     finally:
-        switch.fp32_precision = before
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
 
 
 def variants(
@@ -314,9 +319,14 @@ def _compiled(op: str, dtype: torch.dtype, device: torch.device) -> list[str]:
 
 
 def _planned(shape: Shape, dtype: torch.dtype, device: torch.device, backend: str) -> bool:
+    """Whether the op runs with this backend. That the plan fails where all kernels take the shape is an error."""
     try:
         plan.choose(shape, dtype, device, backend, "strict", plan.state(device))
     except BackendError:
+        kernels = plan.GPU_KERNELS.get(backend, cudnn)
+        parts = [shape] if isinstance(shape, Conv) else shape.layers()
+        if not any(kernels.unsupported(part, dtype, device) for part in parts):
+            raise
         return False
     return True
 

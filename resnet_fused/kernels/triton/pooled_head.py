@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,8 +10,9 @@ from torch import Tensor
 from ...shapes import Head
 from ..layout import nhwc_slice, pixel_pitch
 from ..packing import packed
+from ..precision import allow_tf32_matmul
 from .block_configs import HeadConfig, configuration
-from .launch import empty_output, on_device
+from .launch import empty_output, on_device, precision
 from .matrices import pointwise_layer, zeros
 
 
@@ -30,6 +32,8 @@ def average_pool_kernel(x, y, C, PIXELS, pitch, BP: tl.constexpr, BC: tl.constex
 
 def head(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, *, config: HeadConfig | None = None) -> Tensor:
     """Global average pooling, rounded once, and the linear layer if there is one (then two launches).
+
+    Where float32 convolutions may use TF32 but matrix products may not, the linear layer is torch's.
 
     Args:
         x: [N, C, H, W], float32, bfloat16 or float16, any memory format.
@@ -54,6 +58,10 @@ def head(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, *, config
         )  # fmt: skip
     if weight is None:
         return y.flatten(1)
+    if precision(x) == "tf32" and not allow_tf32_matmul(x.device):
+        # The switch of convolutions decides for the layer kernels, but this is a matrix product, which has its own: by
+        # torch's defaults the first allows TF32 and the second does not.
+        return torch.nn.functional.linear(y.flatten(1), weight, bias)
     shift = zeros(weight.shape[0], x.device) if bias is None else bias.float()
     # The same view at every call, so that packs made of it are found again; detached, so as not to keep the weight.
     kernel = packed(weight, ("triton", "linear"), lambda: weight.detach()[:, :, None, None])
