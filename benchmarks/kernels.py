@@ -12,7 +12,7 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -26,9 +26,10 @@ from torch.nn import functional
 
 import resnet_fused as rf
 from resnet_fused import environment, plan, tune
+from resnet_fused.attempts import Attempts, terminated_as_interrupted
 from resnet_fused.bench import DTYPES
 from resnet_fused.errors import BackendError, InputError
-from resnet_fused.gpu_timer import Measure, check_gpu, interleave
+from resnet_fused.gpu_timer import Measure, check_gpu, cudnn_measures, interleave
 from resnet_fused.kernels import cudnn
 from resnet_fused.kernels.precision import allow_tf32
 from resnet_fused.roofline import flops, traffic
@@ -92,7 +93,19 @@ def _layer(x, w, scale, shift, residual=None, *, activation="relu", **geometry):
 
 
 def _norm(x, scale, shift):
-    return functional.batch_norm(x, torch.zeros_like(shift), torch.ones_like(shift), scale, shift, eps=1e-30)
+    mean, variance = _statistics(shift)
+    return functional.batch_norm(x, mean, variance, scale, shift, eps=1e-30)
+
+
+_made: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+
+def _statistics(shift):
+    """Mean 0 and variance 1, made once: a model's BatchNorms have theirs."""
+    key = (shift.shape[0], shift.device)
+    if key not in _made:
+        _made[key] = torch.zeros_like(shift), torch.ones_like(shift)
+    return _made[key]
 
 
 def _conv(x, w, scale, shift, residual, in_scale, in_shift, **options):
@@ -227,7 +240,9 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
             line[key] = times[other] / line["us"] if other in times else None
 
 
-def split(calls: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+def split(
+    calls: dict[str, Callable[[], Tensor]], attempts: Attempts, where: str
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
     """The calls that run, and why the others do not: a kernel that fails must not end the benchmark.
 
     Raises:
@@ -236,47 +251,80 @@ def split(calls: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, Callable[[]
     good, bad = {}, {}
     for name, call in calls.items():
         try:
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            with attempts.attempt(f"{where}: {name}"):
+                call()
         except Exception as problem:  # Triton, Inductor and CUDA raise what they like
-            bad[name] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+            bad[name] = _one_line(problem)
             check_gpu(name)
         else:
             good[name] = call
     return good, bad
 
 
+def _one_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}".splitlines()[0]
+
+
 def run(
-    shapes: Iterable[Shape],
+    shapes: Sequence[Shape],
     dtype: torch.dtype,
     device: torch.device,
     seconds: float,
     compiled: bool,
     measure: Measure,
     say: Callable[[str], None] = lambda text: None,
+    result: dict[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+    attempts: Attempts | None = None,
 ) -> dict[str, Any]:
-    """Measure shapes; the result is ready for `json.dump`. `seconds` is spent on each shape."""
-    ceiling = roofline(dtype, device, measure)
-    lines: list[dict[str, Any]] = []
-    failed: list[dict[str, str]] = []
-    with torch.inference_mode():
+    """Measure shapes; the result is ready for `json.dump`.
+
+    Args:
+        shapes: each is measured by itself.
+        dtype: of the images.
+        device: a CUDA device.
+        seconds: spent on each shape.
+        compiled: whether torch.compile takes part.
+        measure: how to time.
+        say: told each shape before it is measured.
+        result: of an earlier run, which is gone on with: its `shapes` are left out.
+        keep: called with the result after every shape.
+        attempts: of this run and those before.
+    """
+    attempts = attempts or Attempts()
+    if result is None:
+        ceiling = roofline(dtype, device, measure)
+        result = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "bytes_per_second": ceiling.bytes_per_second,
+            "flops_per_second": ceiling.flops_per_second,
+            "shapes": [],
+            "rows": [],
+            "failed": [],
+        }
+    ceiling = Roofline(result["bytes_per_second"], result["flops_per_second"])
+    with torch.inference_mode(), cudnn_measures():
         for shape in shapes:
+            if str(shape) in result["shapes"]:
+                continue
             say(str(shape))
+            where = f"{shape}, {dtype}"
             call = sample(shape, dtype, device)
-            good, bad = split(contenders(call, dtype, device, compiled))
-            failed += [{"shape": str(shape), "name": name, "why": why} for name, why in bad.items()]
-            samples = measure(good, seconds)
+            good, bad = split(contenders(call, dtype, device, compiled), attempts, where)
+            samples = {}
+            try:
+                with attempts.attempt(f"{where}: timing", more_seconds=seconds + len(good)):
+                    samples = measure(good, seconds)
+            except Exception as problem:  # captured and repeated they may fail where one run did not
+                bad["timing"] = _one_line(problem)
+                check_gpu(where)
             rows = [row(shape, name, values, ceiling, dtype.itemsize) for name, values in samples.items()]
             add_ratios(rows)
-            lines += rows
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "bytes_per_second": ceiling.bytes_per_second,
-        "flops_per_second": ceiling.flops_per_second,
-        "rows": lines,
-        "failed": failed,
-    }
+            result["shapes"].append(str(shape))
+            result["rows"] += rows
+            result["failed"] += [{"shape": str(shape), "name": name, "why": why} for name, why in bad.items()]
+            keep(result)
+    return result
 
 
 def table(result: dict[str, Any], names: dict[str, str]) -> Table:
@@ -305,7 +353,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=1.0, help="spent on each shape")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it compiles every shape")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--json", type=Path, help="write the result here, after every shape")
+    parser.add_argument("--missing", action="store_true", help="leave out the shapes that the file of --json has")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds after which a kernel counts as hung")
     given = parser.parse_args(arguments)
     try:
         if unknown := [name for name in given.models if name not in rf.models.__all__]:
@@ -325,18 +375,42 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     measure = functools.partial(interleave, device=device)
     shapes = list(dict.fromkeys(wanted))
-    result = run(shapes, DTYPES[given.dtype], device, given.seconds, not given.no_compile, measure, console.log)
-    result |= {
+    conditions = {
         "gpu": environment.device_name("cuda"),
         "versions": environment.versions(),
         "commit": environment.commit(),
     }
-    console.print(table(result, {str(shape): describe(shape) for shape in shapes}))
-    for failure in result["failed"]:
-        console.print(f"failed: {failure['name']} at {failure['shape']}: {failure['why']}", markup=False)
+    found: dict[str, Any] | None = None
+    if given.missing and given.json and given.json.exists():
+        found = json.loads(given.json.read_text())
+        if any(found[name] != value for name, value in conditions.items()):
+            found = None  # of another machine or state of the sources
+
+    def keep(result: dict[str, Any]) -> None:
+        if given.json:
+            partial = given.json.with_suffix(".partial")
+            partial.write_text(json.dumps(result | conditions, indent=1) + "\n")
+            partial.replace(given.json)
+
+    attempts = Attempts()
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        attempts = Attempts(given.json.with_suffix(".attempts"), given.timeout)
+    try:
+        with terminated_as_interrupted():
+            result = run(
+                shapes, DTYPES[given.dtype], device, given.seconds, not given.no_compile, measure, console.log,
+                found, keep, attempts,
+            )  # fmt: skip
+    except BackendError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept, and the same command with --missing goes on", file=sys.stderr)
+        return 130
+    console.print(table(result | conditions, {str(shape): describe(shape) for shape in shapes}))
+    for failure in result["failed"]:
+        console.print(f"failed: {failure['name']} at {failure['shape']}: {failure['why']}", markup=False)
     return 0
 
 

@@ -10,9 +10,8 @@ than in most other cases. A case that cannot be measured is reported at the end,
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from resnet_fused import bench, environment, peers, report
+from resnet_fused.attempts import terminated_as_interrupted
 from resnet_fused.errors import InputError
 from resnet_fused.roofline import Machine
 from resnet_fused.settings import one_of
@@ -142,16 +142,6 @@ def summary(result: dict[str, Any]) -> list[str]:
     fused = [report.verdict(row, rows) for row in rows if row["kind"] == "fused"]
     others = [f"{row['name']} {row['status']}: {row['detail']}" for row in rows if row["status"] != "ok"]
     return fused + others
-
-
-@contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """Take SIGTERM for Ctrl-C, after which what was measured is written."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def measure(suite: Suite) -> tuple[list[str], bool]:

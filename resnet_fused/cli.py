@@ -20,6 +20,7 @@ from . import environment, models, report
 from . import peers as comparison
 from . import tune as tuning
 from ._version import __version__
+from .attempts import terminated_as_interrupted
 from .complexity import info as count
 from .errors import BackendError, InputError, WorkerError
 from .explain import explain as explain_model
@@ -238,17 +239,19 @@ def tune(
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes that compile before a shape is measured.")] = 0,
     missing: Annotated[bool, typer.Option("--missing", help="Leave out shapes that were tuned before.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a kernel counts as hung.")] = 120.0,
 ) -> None:
     """Measure every kernel and configuration for a model's shapes on this GPU; later calls use what was fastest."""
-    with errors_in_one_sentence():
+    with errors_in_one_sentence(), terminated_as_interrupted():
         if not torch.cuda.is_available():
             raise BackendError("tuning needs a CUDA GPU, and torch sees none")
         unfused, x = benchmark.prepare(benchmark.Job(model, batch, (dtype,), "cuda"), dtype)
         shapes = tuning.shapes_of(fuse(unfused), x)
         with shown_progress(60) as tell:
             result = tuning.tune(
-                shapes, x.dtype, x.device, seconds, tell, most=configs, workers=workers, missing=missing
-            )
+                shapes, x.dtype, x.device, seconds, tell,
+                most=configs, workers=workers, missing=missing, timeout=timeout,
+            )  # fmt: skip
         table = Table("shape", "fastest", "us", "others, times as slow", title=f"Tuned for {result.gpu}, {dtype}")
         for tuned in result.shapes:
             (best, least), *others = tuned.seconds.items() or [("none ran", 0.0)]

@@ -101,9 +101,35 @@ class _Random:
         return self.weight(k, c, r, r), self.shift(k)
 
 
-def sample(shape: Shape, dtype: torch.dtype, device: torch.device) -> Sample:
-    """Arguments of the op for a shape: images channels_last, every scale and shift given."""
-    return _MAKERS[type(shape)](shape, _Random(dtype, device))
+class _Uninitialised(_Random):
+    """Memory only: nothing runs on the device for it."""
+
+    def _normal(self, *size: int) -> Tensor:
+        return torch.empty(size, device=self.device)
+
+    def image(self, *size: int) -> Tensor:
+        return torch.empty(size, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
+
+    def weight(self, k: int, c: int, r: int, s: int) -> Tensor:
+        return torch.empty(k, c, r, s, dtype=self.dtype, device=self.device)
+
+    def scale(self, k: int) -> Tensor:
+        return self._normal(k)
+
+    def shift(self, k: int) -> Tensor:
+        return self._normal(k)
+
+
+def sample(shape: Shape, dtype: torch.dtype, device: torch.device, values: bool = True) -> Sample:
+    """Arguments of the op for a shape: images channels_last, every scale and shift given.
+
+    Args:
+        shape: of the layer or block.
+        dtype: of images and weights.
+        device: of all tensors.
+        values: random ones; without, the tensors hold whatever their memory does.
+    """
+    return _MAKERS[type(shape)](shape, (_Random if values else _Uninitialised)(dtype, device))
 
 
 def _conv(shape: Conv, random: _Random) -> Sample:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from . import plan, settings
+from .attempts import Attempts
 from .errors import BackendError, InputError
-from .gpu_timer import Measure, check_gpu, interleave
+from .gpu_timer import Measure, check_gpu, cudnn_measures, interleave
 from .kernels import cudnn, triton
 from .kernels.triton import configs, tuned
 from .kernels.triton.configs import Config
@@ -141,8 +142,12 @@ def tune(
     most: int | None = None,
     workers: int = 0,
     missing: bool = False,
+    timeout: float = 120.0,
 ) -> Result:
     """Measure shapes on this GPU and add what is found to the user's tuning file, which every later call reads.
+
+    A kernel that hangs, or that costs this process its GPU, ends it; what was running then is in a file beside the
+    tuning file, with the suffix `.attempts`, and the next call leaves it out.
 
     Args:
         shapes: see `shapes_of`.
@@ -155,6 +160,7 @@ def tune(
         most: configurations of a kernel to try, those that the heuristic ranks first; all by default.
         workers: processes that compile a shape's kernels before it is measured; 0 for none but this one.
         missing: leave out the shapes that the file has already.
+        timeout: seconds after which a kernel counts as hung; compiling is in them.
 
     Raises:
         InputError: the dtype is another one.
@@ -172,11 +178,12 @@ def tune(
     known = tuned.read(file, gpu) if missing else {}
     wanted = [shape for shape in shapes if (shape, dtype) not in known]
     found: list[Tuned] = []
-    with compilers(dtype, device, most, workers) as compile_all:
+    attempts = Attempts(file.with_suffix(".attempts"), timeout)
+    with compilers(wanted, dtype, device, most, workers) as wait_for, cudnn_measures():
         for done, shape in enumerate(wanted):
             progress(str(shape), done / len(wanted))
-            compile_all(shape)
-            found.append(tune_one(shape, dtype, device, seconds, measure, most))
+            wait_for(shape)
+            found.append(tune_one(shape, dtype, device, seconds, measure, most, attempts))
             best = {kernel: config.to_dict() for kernel, config in found[-1].configs.items()}
             # After every shape: an interrupted run keeps what it has.
             tuned.write(gpu, {(shape, dtype): tuned.Entry(best, found[-1].seconds)}, folder)
@@ -187,37 +194,60 @@ def tune(
 
 @contextlib.contextmanager
 def compilers(
-    dtype: torch.dtype, device: torch.device, most: int | None, workers: int
+    shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device, most: int | None, workers: int
 ) -> Iterator[Callable[[Shape], None]]:
-    """Processes that compile: what is given has every contender of a shape run once in one of them.
+    """Processes that compile, shape after shape; what is given waits until they are done with a shape.
 
-    That leaves its kernel in Triton's cache on disk. Compiling takes longer than measuring, and one process compiles on
-    one core. What fails here fails again, and is reported, where it is measured.
+    They leave kernels in Triton's cache on disk. Compiling takes longer than measuring, and one process compiles on one
+    core. What fails here fails again, and is reported, where it is measured.
     """
     if not workers:
         yield lambda shape: None
         return
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_only_compile)
+    try:
+        parts = {
+            shape: [pool.submit(_compile_part, shape, dtype, device, most, i, workers) for i in range(workers)]
+            for shape in shapes
+        }
+        yield lambda shape: _wait(parts[shape])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-        def compile_all(shape: Shape) -> None:
-            with contextlib.suppress(concurrent.futures.BrokenExecutor):
-                parts = [pool.submit(_run_part, shape, dtype, device, most, part, workers) for part in range(workers)]
-                concurrent.futures.wait(parts)
 
-        yield compile_all
+COMPILE_SECONDS = 600.0
+"""A shape's compilation is not waited for longer than this; what is left of it is done where it is measured."""
+
+
+def _wait(parts: Sequence[concurrent.futures.Future[None]]) -> None:
+    concurrent.futures.wait(parts, COMPILE_SECONDS)
+
+
+def _only_compile() -> None:
+    """Have Triton's kernels compiled and not run by this process: the GPU is another one's, which measures."""
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def compiled(self: Any, *args: Any, **options: Any) -> Any:
+        return run(self, *args, **{**options, "warmup": True})
+
+    JITFunction.run = compiled
 
 
 @torch.inference_mode()
-def _run_part(shape: Shape, dtype: torch.dtype, device: torch.device, most: int | None, part: int, parts: int) -> None:
-    """Run every `parts`-th contender of a shape, from number `part` on."""
-    call = sample(shape, dtype, device)
-    for contender in itertools.islice(contenders(call, dtype, device, most), part, None, parts):
+def _compile_part(
+    shape: Shape, dtype: torch.dtype, device: torch.device, most: int | None, part: int, parts: int
+) -> None:
+    """Compile for every `parts`-th contender of a shape, from number `part` on."""
+    call = sample(shape, dtype, device, values=False)
+    named = (contender for contender in contenders(call, dtype, device, most) if contender.backend == "triton")
+    for contender in itertools.islice(named, part, None, parts):
         with contextlib.suppress(Exception):
             contender.run()
     if device.type == "cuda":
         with contextlib.suppress(RuntimeError):
-            torch.cuda.synchronize()
             torch.cuda.empty_cache()  # the process that measures needs it
 
 
@@ -229,8 +259,11 @@ def tune_one(
     seconds: float,
     measure: Measure,
     most: int | None = None,
+    attempts: Attempts | None = None,
 ) -> Tuned:
     """Measure one shape; see `tune`."""
+    attempts = attempts or Attempts()
+    name = f"{shape}, {dtype}"
     call = sample(shape, dtype, device)
     exact = call.to(torch.float64).run("reference")
     allowed = 2 * _error(call.run("reference"), exact) + torch.finfo(dtype).eps * exact.abs().max().item()
@@ -238,7 +271,8 @@ def tune_one(
     rejected: list[tuple[str, str]] = []
     for contender in contenders(call, dtype, device, most):
         try:
-            error = _error(contender.run(), exact)
+            with attempts.attempt(f"{name}: {contender}"):
+                error = _error(contender.run(), exact)
         except Exception as problem:  # Triton and CUDA raise what they like: it must not end the run
             rejected.append((str(contender), f"{type(problem).__name__}: {problem}".splitlines()[0]))
             check_gpu(str(contender))
@@ -248,6 +282,22 @@ def tune_one(
         else:
             rejected.append((str(contender), f"error {error:.3g} against float64, {allowed:.3g} allowed"))
     del exact
+    try:
+        with attempts.attempt(f"{name}: timing", more_seconds=seconds + len(accepted)):
+            return _fastest(shape, accepted, rejected, seconds, measure)
+    except Exception as problem:  # captured and repeated they may fail where one run did not
+        check_gpu(name)
+        return Tuned(shape, {}, {}, (*rejected, ("timing", f"{type(problem).__name__}: {problem}".splitlines()[0])))
+
+
+def _fastest(
+    shape: Shape,
+    accepted: dict[str, Contender],
+    rejected: Sequence[tuple[str, str]],
+    seconds: float,
+    measure: Measure,
+) -> Tuned:
+    """Time those that are right, and those near the fastest of their kernel a second time."""
     times = {name: median(samples) for name, samples in _measured(accepted, seconds / 2, measure).items()}
     best: dict[str, float] = {}
     for name, contender in accepted.items():

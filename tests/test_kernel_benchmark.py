@@ -1,7 +1,9 @@
 """The kernel benchmark without a GPU: shapes, roofline, ratios, what kernels are compared with, the table."""
 
+import faulthandler
 import functools
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +138,49 @@ def test_a_kernel_that_fails_is_told_and_the_others_are_measured(kernels, monkey
     assert result["failed"] == [
         {"shape": str(SHAPES[0]), "name": "triton gemm", "why": "RuntimeError: out of registers"}
     ]
+
+
+def test_goes_on_with_an_earlier_result(kernels, monkeypatch):
+    """After every shape the result is kept; a shape whose timing fails does not end the run."""
+    monkeypatch.setattr(plan, "GPU_KERNELS", {})
+    monkeypatch.setattr(kernels, "roofline", lambda *_: kernels.Roofline(1e12, 1e14))
+    kept = []
+
+    def measure(calls, seconds):
+        if len(kept) == 1:
+            raise RuntimeError("no graph\nmore")
+        return {name: [1e-5] for name in calls}
+
+    def keep(result):
+        kept.append(json.loads(json.dumps(result)))
+
+    run = functools.partial(kernels.run, dtype=torch.float32, device=CPU, seconds=0.0, compiled=False, keep=keep)
+    result = run(SHAPES[:3], measure=measure)
+    assert [len(each["shapes"]) for each in kept] == [1, 2, 3]
+    assert [line["shape"] for line in result["rows"]] == [str(SHAPES[0]), str(SHAPES[2])]
+    assert result["failed"] == [{"shape": str(SHAPES[1]), "name": "timing", "why": "RuntimeError: no graph"}]
+    monkeypatch.setattr(kernels, "roofline", lambda *_: pytest.fail("it was measured before"))
+    further = run(SHAPES[:4], measure=lambda calls, seconds: {name: [2e-5] for name in calls}, result=kept[0])
+    assert further["shapes"] == [str(shape) for shape in SHAPES[:4]]
+    assert [line["us"] for line in further["rows"]] == pytest.approx([10, 20, 20, 20])
+
+
+def test_a_kernel_that_was_fatal_is_left_out(kernels, monkeypatch, tmp_path):
+    fake = SimpleNamespace(
+        unsupported=lambda *_: None,
+        candidates=lambda *_: [SimpleNamespace(algorithm="gemm")],
+        conv_bn_act=lambda *args, algorithm, **options: torch.zeros(1),
+    )
+    monkeypatch.setattr(plan, "GPU_KERNELS", {"triton": fake})
+    calls = kernels.contenders(sample(SHAPES[0], torch.float32, CPU), torch.float32, CPU, compiled=False)
+    attempts = kernels.Attempts(tmp_path / "attempts")
+    begun = attempts.attempt("here: triton gemm")
+    begun.__enter__()  # and the process ends
+    good, bad = kernels.split(calls, kernels.Attempts(tmp_path / "attempts"), "here")
+    assert "triton gemm" not in good and "hung or died in it" in bad["triton gemm"]
+    good, bad = kernels.split(calls, kernels.Attempts(tmp_path / "attempts"), "elsewhere")
+    assert "triton gemm" in good and not bad
+    faulthandler.cancel_dump_traceback_later()
 
 
 def test_every_contender_is_called_with_what_it_takes(kernels):

@@ -335,37 +335,96 @@ def test_kernels_are_compiled_in_other_processes_before_they_are_measured(monkey
     monkeypatch.setattr(tune, "tune_one", lambda shape, *_: seen.append(shape) or tune.Tuned(shape, {}, {}, ()))
     monkeypatch.setattr(tune, "compilers", fake_compilers(seen))
     tune.tune([CONV], torch.bfloat16, torch.device("cpu"), 1.0, measure=lambda *_: {}, workers=3, most=1)
-    assert seen == [("compile", torch.bfloat16, 1, 3, CONV), CONV]
+    assert seen == [("compile", [CONV], torch.bfloat16, 1, 3, CONV), CONV]
 
 
 def fake_compilers(seen):
     @contextlib.contextmanager
-    def compilers(dtype, device, most, workers):
-        yield lambda shape: seen.append(("compile", dtype, most, workers, shape))
+    def compilers(shapes, dtype, device, most, workers):
+        yield lambda shape: seen.append(("compile", shapes, dtype, most, workers, shape))
 
     return compilers
 
 
 def test_parts_of_the_contenders(kernels, monkeypatch):
-    """The processes that compile take every contender once between them, and one that fails stops nothing."""
+    """The processes that compile take every Triton kernel once between them, and one that fails stops nothing."""
     ran = []
     named = [
         tune.Contender("triton", f"a{i}", None, lambda i=i: ran.append(i) or (1 / 0 if i == 2 else None))
         for i in range(5)
     ]
+    named.insert(1, tune.Contender("cuda", "conv", None, lambda: ran.append("cuda")))
     monkeypatch.setattr(tune, "contenders", lambda *_: iter(named))
     for part in range(2):
-        tune._run_part(CONV, torch.bfloat16, torch.device("cpu"), None, part, 2)
+        tune._compile_part(CONV, torch.bfloat16, torch.device("cpu"), None, part, 2)
     assert ran == [0, 2, 4, 1, 3]
+
+
+def test_what_compiles_does_not_run(monkeypatch):
+    """On a GPU's own Triton: a kernel is called as ever, and stops before its launch."""
+    from triton.runtime.jit import JITFunction
+
+    asked = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: asked.append((args, options)))
+    tune._only_compile()
+    kernel = JITFunction.__new__(JITFunction)
+    kernel[(1, 2)]("x", BLOCK=16)
+    kernel.run("x", grid=(1,), warmup=False)
+    assert asked == [(("x",), {"grid": (1, 2), "warmup": True, "BLOCK": 16}), (("x",), {"grid": (1,), "warmup": True})]
+
+
+def test_samples_without_values_have_the_same_form():
+    for shape in SHAPES:
+        one, other = (sample(shape, torch.bfloat16, torch.device("cpu"), values) for values in (True, False))
+        assert form(one.args) == form(other.args)
+        assert form(one.kernel_options) == form(other.kernel_options)
+
+
+def form(value):
+    """What of a value decides how a kernel is compiled."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.stride()
+    if isinstance(value, dict):
+        return {name: form(item) for name, item in value.items()}
+    return [form(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 @pytest.mark.thorough
 def test_compilers_are_processes():
-    with tune.compilers(torch.bfloat16, torch.device("cpu"), 1, 2) as compile_all:
-        compile_all(CONV)
+    with tune.compilers([CONV], torch.bfloat16, torch.device("cpu"), 1, 2) as wait_for:
+        wait_for(CONV)
         children = multiprocessing.active_children()
         assert len(children) == 2
     assert all(not child.is_alive() for child in children)
+
+
+def test_tune_leaves_out_what_was_fatal(kernels, tmp_path, monkeypatch):
+    measure = lambda calls, seconds: {name: [1e-5] for name in calls}  # noqa: E731
+    arguments = ([CONV], torch.bfloat16, torch.device("cpu"), 1.0)
+
+    def lost(culprit):
+        if "broken" in culprit:
+            raise BackendError("lost")
+
+    with monkeypatch.context() as patch, pytest.raises(BackendError, match="lost"):
+        patch.setattr("resnet_fused.attempts.check_gpu", lost)
+        patch.setattr(tune, "check_gpu", lost)
+        tune.tune(*arguments, measure=measure, folder=tmp_path)
+    (found,) = tune.tune(*arguments, measure=measure, folder=tmp_path).shapes
+    assert set(found.seconds) == {"triton gemm", "cuda implicit_gemm", "vendor cudnn"}
+    assert [why[:42] for name, why in found.rejected if "broken" in name] == [
+        "BackendError: an earlier process hung or d"
+    ]
+    assert not found.seconds.keys() & {"triton broken"}
+
+
+def test_timing_that_fails_leaves_the_shape_without_times(kernels, tmp_path):
+    def measure(calls, seconds):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    (found,) = tune.tune([CONV], torch.bfloat16, torch.device("cpu"), 1.0, measure=measure, folder=tmp_path).shapes
+    assert found.seconds == {} and found.configs == {}
+    assert found.rejected[-1] == ("timing", "RuntimeError: operation not permitted when stream is capturing")
 
 
 def test_tune_refuses():

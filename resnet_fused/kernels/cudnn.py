@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +15,10 @@ from .layout import nhwc
 from .packing import packed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NO_ENGINE = ("unable to find an engine", "valid cuDNN algorithm", "CUDNN_STATUS_NOT_SUPPORTED")
+"""What torch says where cuDNN cannot run a fused call at all."""
+
+_without_engine: set[tuple[object, ...]] = set()  # calls for which it said so
 
 
 def unsupported(shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -52,11 +58,27 @@ def conv_bn_act(
         x = reference.prologue(x, in_scale, in_shift)  # a pass of its own
     x = nhwc(x)
     weight = packed(weight, "cudnn", lambda: _pack(weight, scale), scale)
-    shift = shift.to(x.dtype)
+    if shift.dtype != x.dtype:
+        shift = packed(weight, "cudnn shift", functools.partial(shift.to, x.dtype), shift)
     sizes = (tuple(stride), tuple(padding), tuple(dilation), groups)
     if activation == "none":
         y = torch.conv2d(x, weight, shift, *sizes)
         return y if residual is None else y.add_(nhwc(residual))
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, weight, shift, *sizes)
-    return torch.cudnn_convolution_add_relu(x, weight, nhwc(residual), 1.0, shift, *sizes)
+    residual = None if residual is None else nhwc(residual)
+    call = (x.device, x.dtype, x.shape, weight.shape, *sizes, residual is None)
+    if call not in _without_engine:
+        try:
+            if residual is None:
+                return torch.cudnn_convolution_relu(x, weight, shift, *sizes)
+            return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, shift, *sizes)
+        except RuntimeError as problem:
+            if not any(word in str(problem) for word in NO_ENGINE):
+                raise
+            _without_engine.add(call)
+            words = (
+                f"cuDNN has no fused kernel for a convolution of {tuple(x.shape)} with {tuple(weight.shape)}, stride "
+            )
+            words += f"{sizes[0]}, groups {groups} in {x.dtype}: its operators run one by one"
+            warnings.warn(words, stacklevel=2)
+    y = torch.conv2d(x, weight, shift, *sizes)
+    return (y if residual is None else y.add_(residual)).relu_()
