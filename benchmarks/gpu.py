@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -34,12 +35,16 @@ GPU_LOST = 75
 NOTHING_COLLECTED = 5
 """pytest's exit status where there is no test."""
 MOST_RESTARTS = 40
-"""Of one group of tests, each behind a test that took its process with it."""
+"""Of one group of tests, or of one command, each behind a test or kernel that took its process with it."""
+GRACE_SECONDS = 8.0
+"""That a command has at its limit to write what it found."""
 OPS = (
     "conv_bn_act", "bottleneck", "basic_block", "stem", "preact_block", "dense_block", "transition", "project",
     "bottleneck_chain", "head",
 )  # fmt: skip
 """Keys of SHAPES in tests/gpu/gpu_cases.py."""
+MODELS = ("resnet50", "densenet121", "preact_resnet164_cifar", "resnet56_cifar", "resnet18", "small")
+"""Words in the names of the tests in tests/gpu/test_gpu_models.py, each in a test of its own."""
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZER_FAILED = 9
 
@@ -99,7 +104,7 @@ class Job:
     def run(self, command: Sequence[str], name: str, limit: float, env: dict[str, str] | None = None) -> Finished:
         """Run a command from the repository's root; what it prints goes to `name`.log.
 
-        At the limit it is killed, with all that it started.
+        At the limit it is asked to end, and a few seconds later killed, with all that it started.
         """
         log = self.out / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +121,7 @@ class Job:
         """Of the commands: kernels are compiled, not interpreted, and tuning files stay with the results."""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         interpret = "1" if self.device == "cpu" else "0"
-        own = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": interpret}
+        own = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": interpret, "COLUMNS": "200"}
         return {**os.environ, **own, "RESNET_FUSED_CACHE": str(self.out / "tuned")}
 
 
@@ -128,10 +133,13 @@ def _wait(command: Sequence[str], output: TextIO, env: dict[str, str], limit: fl
         try:
             return process.wait(None if limit == float("inf") else max(limit, 0.1))
         except subprocess.TimeoutExpired:
+            process.terminate()  # it alone: it may want what its children have found
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_SECONDS)
             return None
         finally:
             # Its children too, and also where this program itself is being interrupted.
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -188,42 +196,64 @@ def _keep(job: Job, name: str, command: list[str]) -> None:
         job.run(command, name, 60)
 
 
+NOT_ALL = 3
+"""Exit status of `imports` where some backends can be used and others cannot."""
+
+
 def imports(job: Job, limit: float) -> Outcome:
     """Every backend can be used here: what would otherwise fail in each test with the same words."""
     on_gpu = job.device == "cuda"
     code = (
         "import torch; from resnet_fused.kernels import cuda, cudnn, triton; from resnet_fused.shapes import Conv; "
         f"device = torch.device({'torch.cuda.current_device()' if on_gpu else repr('cpu')}); "
-        "shape = Conv(2, 64, 8, 8, 64, 1, 1); lacks = {kernels.__name__: why for kernels in "
-        f"({'cuda, cudnn, ' if on_gpu else ''}triton,) "
+        f"backends = ({'cuda, cudnn, ' if on_gpu else ''}triton,); "
+        "shape = Conv(2, 64, 8, 8, 64, 1, 1); lacks = {kernels.__name__: why for kernels in backends "
         "if (why := kernels.unsupported(shape, torch.bfloat16, device))}; "
-        "print(lacks or 'all backends'); raise SystemExit(bool(lacks))"
+        f"print(lacks or 'all backends'); raise SystemExit(lacks and (1 if len(lacks) == len(backends) else {NOT_ALL}))"
     )
-    return _ended(job.run([job.python, "-c", code], "imports", limit), "cuda, cudnn, triton")
+    done = job.run([job.python, "-c", code], "imports", limit)
+    if done.status == NOT_ALL:
+        return Outcome("partial", done.last_line(), logs=["logs/imports.log"])
+    return _ended(done, "cuda, cudnn, triton")
 
 
 def tests(job: Job, limit: float) -> Outcome:
-    """tests/gpu, a group a process: one backend and op each, several at a time."""
-    small = ["-m", "not large", "--configs", "2", "--shapes", "6", "--dtypes", "bf16,tf32"]
+    """tests/gpu, a group a process: one backend and op or model each, several at a time."""
+    small = ["-m", "not large", "--configs", "2", "--shapes", "6", "--dtypes", "bf16,tf32", "--test-timeout", "45"]
     options = [] if job.full else small
-    groups = [(f"kernels-{backend}-{op}", "kernels", backend, ["--op", op]) for op in OPS for backend in BACKENDS]
-    groups += [(f"{part}-{backend}", part, backend, []) for part in ("torch", "models") for backend in BACKENDS]
     last = [(f"large-{backend}", "large", backend, []) for backend in BACKENDS[:2]] if job.full else []
     end = time.monotonic() + limit
     found: list[Group] = []
 
     def run(group: tuple[str, str, str, list[str]]) -> None:
         name, part, backend, more = group
-        command = [f"tests/gpu/test_gpu_{part}.py", "--backend", backend, *more, *options]
+        # The last of two options counts.
+        command = [f"tests/gpu/test_gpu_{part}.py", "--backend", backend, *options, *more]
         result = run_group(job, f"tests-{name}", command, end - time.monotonic())
         found.append(result)
         job.say(f"  {name}: {result}")
 
     with concurrent.futures.ThreadPoolExecutor(job.jobs) as pool:
-        list(pool.map(run, groups))
+        list(pool.map(run, groups(("bf16", "tf32", "fp16", "fp32") if job.full else ("bf16", "tf32"))))
     for group in last:  # each takes a good part of the GPU's memory
         run(group)
     return summarise(found)
+
+
+def groups(dtypes: Sequence[str]) -> list[tuple[str, str, str, list[str]]]:
+    """(name, file, backend, options) of the groups of tests, those first that take longest."""
+    found = []
+    for op in OPS:
+        for backend in BACKENDS:
+            parts = [[dtype] for dtype in dtypes] if op == "conv_bn_act" else [list(dtypes)]
+            for part in parts:
+                name = "-".join(["kernels", backend, op, *(part if len(parts) > 1 else ())])
+                found.append((name, "kernels", backend, ["--op", op, "--dtypes", ",".join(part)]))
+    for backend in BACKENDS:
+        models = [(f"models-{backend}-{name}", "models", backend, ["-k", f"{name} and not auto"]) for name in MODELS]
+        found[len(dtypes) * len(BACKENDS) : 0] = models
+        found.append((f"torch-{backend}", "torch", backend, []))
+    return [*found, ("models-auto", "models", "vendor", ["-k", "auto"])]
 
 
 BACKENDS = ("triton", "cuda", "vendor")
@@ -255,8 +285,21 @@ class Group:
 
 
 def run_group(job: Job, name: str, arguments: Sequence[str], limit: float) -> Group:
-    """Run pytest until every test of a group has an outcome, in a new process behind each test that ended one."""
+    """Run pytest until every test of a group has an outcome, in a new process behind each test that ended one.
+
+    A group of which the same was asked before, and which ran to its end, is not run again.
+    """
     results = job.out / "tests" / f"{name}.jsonl"
+    asked, complete = " ".join(arguments), results.with_suffix(".complete")
+    if complete.exists() and complete.read_text() == asked:
+        return Group(name, read_results(results), True)
+    group = _run_group(job, name, arguments, results, limit)
+    if group.complete and not group.error:
+        complete.write_text(asked)
+    return group
+
+
+def _run_group(job: Job, name: str, arguments: Sequence[str], results: Path, limit: float) -> Group:
     results.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + limit
     command = [job.python, "-m", "pytest", *arguments, "--results", str(results), "-p", "no:cacheprovider"]
@@ -265,7 +308,8 @@ def run_group(job: Job, name: str, arguments: Sequence[str], limit: float) -> Gr
         known = read_results(results)
         if end - time.monotonic() < 5:
             return Group(name, read_results(results), False)
-        done = job.run(command, name, end - time.monotonic())
+        # Inductor would start a process for every core, in each of the groups.
+        done = job.run(command, name, end - time.monotonic(), {"TORCHINDUCTOR_COMPILE_THREADS": "1"})
         outcomes = read_results(results)
         # A test that hung ends its process with 1, as failures do, but has no outcome.
         hung = any(outcome == "started" and known.get(test) != "started" for test, outcome in outcomes.items())
@@ -284,8 +328,8 @@ def read_results(path: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         entry = json.loads(line)
-        if found.get(entry["test"]) != "failed":  # a failure in the set-up or the end of a test counts too
-            found[entry["test"]] = entry["outcome"]
+        if found.get(entry["name"]) != "failed":  # a failure in the set-up or the end of a test counts too
+            found[entry["name"]] = entry["outcome"]
     return found
 
 
@@ -293,7 +337,7 @@ def forget_started(path: Path) -> None:
     """Take the tests without an outcome out of a file of results."""
     if path.exists():
         outcomes = read_results(path)
-        kept = [line for line in path.read_text().splitlines() if outcomes[json.loads(line)["test"]] != "started"]
+        kept = [line for line in path.read_text().splitlines() if outcomes[json.loads(line)["name"]] != "started"]
         path.write_text("".join(f"{line}\n" for line in kept))
 
 
@@ -366,7 +410,7 @@ def tune(job: Job, limit: float) -> Outcome:
         models = ("resnet50", "resnet18", "resnet152", "densenet121", "resnet56_cifar")
         jobs = [(m, batch, dtype) for dtype in ("bf16", "fp16") for batch in (256, 1, 64, 16) for m in models]
     # A run that is stopped keeps the shapes that it has measured, and those before it in the list matter most.
-    more = ["--seconds", "2"] if job.full else ["--seconds", "0.6", "--configs", "4"]
+    more = ["--seconds", "2"] if job.full else ["--seconds", "0.6", "--configs", "4", "--timeout", "30"]
     more += ["--workers", str(job.jobs), "--missing"]
     commands = [
         (
@@ -384,11 +428,11 @@ def kernels(job: Job, limit: float) -> Outcome:
     if job.full:
         jobs = [(dtype, batch, []) for dtype in ("bf16", "fp16") for batch in (256, 1, 64, 16)]
     else:
-        jobs = [("bf16", 256, ["resnet50", "--seconds", "0.3", "--no-compile"])]
+        jobs = [("bf16", 256, ["resnet50", "--seconds", "0.3", "--no-compile", "--timeout", "30"])]
     commands = [
         (
             f"kernels-{dtype}-{n}",
-            [*command, *more, "--dtype", dtype, "--batch", str(n), *_json(job, f"kernels-{dtype}-{n}")],
+            [*command, *more, "--dtype", dtype, "--batch", str(n), *_json(job, f"kernels-{dtype}-{n}"), "--missing"],
         )
         for dtype, n, more in jobs
     ]
@@ -414,7 +458,8 @@ def suite(job: Job, limit: float) -> Outcome:
     if job.full:
         command += ["--full"]
     else:
-        command += ["--models", "resnet50", "--batches", "256", "--dtypes", "bf16", "--seconds", "3", "--limit", "45"]
+        command += ["--models", "resnet50", "--batches", "256", "--dtypes", "bf16", "--seconds", "3"]
+        command += ["--only", "torch.compile,cuDNN fused", "--limit", "60"]
     return in_turn(job, [("suite", command)], limit)
 
 
@@ -423,7 +468,10 @@ def _json(job: Job, name: str) -> list[str]:
 
 
 def in_turn(job: Job, commands: Sequence[tuple[str, list[str]]], limit: float) -> Outcome:
-    """Run commands one after the other, by log name, within a limit for all of them."""
+    """Run commands one after the other, by log name, within a limit for all of them.
+
+    One that a kernel took with it is begun again, as often as another kernel is to blame: it leaves that one out.
+    """
     end = time.monotonic() + limit
     ended: list[tuple[str, Finished]] = []
     late: list[str] = []
@@ -431,7 +479,12 @@ def in_turn(job: Job, commands: Sequence[tuple[str, list[str]]], limit: float) -
         if end - time.monotonic() < 5:
             late.append(name)
             continue
-        done = job.run(command, name, end - time.monotonic())
+        for _ in range(MOST_RESTARTS):
+            before = fatal_attempts(job.out)
+            done = job.run(command, name, end - time.monotonic())
+            if done.status in (0, None) or fatal_attempts(job.out) == before:
+                break
+            job.say(f"  {name}: a kernel ended it, {done.last_line()}")
         job.say(f"  {name}: {'stopped at the limit' if done.status is None else f'status {done.status}'}")
         if done.status is None:
             late.append(name)
@@ -440,8 +493,16 @@ def in_turn(job: Job, commands: Sequence[tuple[str, list[str]]], limit: float) -
     failures = [f"{name}: {done.last_line()}" for name, done in ended if done.status != 0]
     detail = f"{len(ended) - len(failures)} of {len(commands)} done"
     detail += f"; no time for {', '.join(late)}" if late else ""
+    lost = fatal_attempts(job.out)
+    detail += f"; {len(lost)} kernels hung or died, see *.attempts" if lost else ""
     status = "failed" if failures else "partial" if late else "ok"
     return Outcome(status, detail, logs=[f"logs/{name}.log" for name, _ in commands], failures=failures)
+
+
+def fatal_attempts(out: Path) -> set[str]:
+    """What took its process with it in tuning and in the kernel benchmark (see resnet_fused/attempts.py)."""
+    outcomes = {name: outcome for path in out.rglob("*.attempts") for name, outcome in read_results(path).items()}
+    return {name for name, outcome in outcomes.items() if outcome == "started"}
 
 
 def _ended(done: Finished, detail: str) -> Outcome:
@@ -458,28 +519,32 @@ def _ended(done: Finished, detail: str) -> Outcome:
 
 @dataclass(frozen=True)
 class Step:
-    """A step: its name, what it does, the most minutes of a budget."""
+    """A step: its name, what it does, its share of a budget, and whether the others need it."""
 
     name: str
     run: Callable[[Job, float], Outcome]
-    minutes: float
+    share: float
+    needed: bool = False
 
 
 STEPS = (
-    Step("build", build, 3.0),
+    Step("build", build, 3.0, needed=True),
     Step("environment", environment, 0.5),
-    Step("imports", imports, 0.5),
-    Step("tests", tests, 3.0),
-    Step("sanitizers", sanitizers, 1.0),
-    Step("machine", machine, 0.4),
-    Step("launches", launches, 0.4),
-    Step("tune", tune, 1.5),
-    Step("kernels", kernels, 1.0),
-    Step("bench", bench, 2.0),
+    Step("imports", imports, 0.5, needed=True),
+    Step("tests", tests, 2.5),
+    Step("sanitizers", sanitizers, 0.9),
+    Step("machine", machine, 0.3),
+    Step("launches", launches, 0.9),
+    Step("tune", tune, 1.3),
+    Step("kernels", kernels, 0.9),
+    Step("bench", bench, 1.2),
     Step("suite", suite, 1.5),
 )
+"""What a step leaves of its share, those after it have."""
 LEAST_SECONDS = 10.0
 """With less left, a step is not begun."""
+SHORTEST_SECONDS = 30.0
+"""Importing torch and Triton and starting CUDA takes half of it on a fresh machine."""
 
 
 def run_steps(job: Job, steps: Sequence[Step], state: str) -> dict[str, Outcome]:
@@ -488,14 +553,21 @@ def run_steps(job: Job, steps: Sequence[Step], state: str) -> dict[str, Outcome]
     before = json.loads(file.read_text()) if file.exists() else {}
     if before.get("fingerprint") != state:  # results of other sources: none of them counts
         before = {}
-        shutil.rmtree(job.out / "tests", ignore_errors=True)
+        for folder in ("tests", "tuned"):
+            shutil.rmtree(job.out / folder, ignore_errors=True)
+        for path in job.out.glob("*.attempts"):
+            path.unlink()
     outcomes = {name: Outcome(**values) for name, values in before.get("steps", {}).items()}
-    for step in steps:
+    wanting = ""
+    for i, step in enumerate(steps):
         if step.name in outcomes and outcomes[step.name].status == "ok":
             job.say(f"{step.name}: done before")
             continue
-        limit = min(job.left(), float("inf") if job.full else 60 * step.minutes)
-        if limit < LEAST_SECONDS:
+        shares = sum(s.share for s in steps[i:] if s.name not in outcomes or outcomes[s.name].status != "ok")
+        limit = job.left() if job.full else min(job.left(), max(SHORTEST_SECONDS, job.left() * step.share / shares))
+        if wanting:
+            outcomes[step.name] = Outcome("left out", f"{wanting} failed")
+        elif limit < LEAST_SECONDS:
             outcomes[step.name] = Outcome("left out", "the time was spent")
         else:
             job.say(f"{step.name}: {'no limit' if limit == float('inf') else f'at most {limit:.0f} s'}")
@@ -503,6 +575,7 @@ def run_steps(job: Job, steps: Sequence[Step], state: str) -> dict[str, Outcome]
             outcomes[step.name] = step.run(job, limit)
             outcomes[step.name].seconds = round(time.monotonic() - begun, 1)
         outcome = outcomes[step.name]
+        wanting = wanting or (step.name if step.needed and outcome.status == "failed" else "")
         job.say(f"{step.name}: {outcome.status}, {outcome.detail} ({outcome.seconds:.0f} s)")
         for failure in outcome.failures[:10]:
             job.say(f"  failed: {failure}")
@@ -556,7 +629,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="everything, however long it takes")
     parser.add_argument("--only", default=",".join(names), help=f"of {', '.join(names)}")
     parser.add_argument(
-        "--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="processes at a time"
+        "--jobs",
+        type=int,
+        default=max(1, (os.cpu_count() or 2) - 2),
+        help="processes at a time, where nothing is timed",
     )
     parser.add_argument("--python", default=sys.executable, help="interpreter to run everything with")
     parser.add_argument(

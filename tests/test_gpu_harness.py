@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 sys.path.insert(0, str(ROOT / "tests/gpu"))
 import gpu_cases  # noqa: E402
+import test_gpu_models as gpu_models  # noqa: E402
 import tiny  # noqa: E402
 
 CRASHES = """
@@ -152,11 +154,111 @@ def test_budget(tmp_path: Path) -> None:
     job = Job(tmp_path, sys.executable, 1.5, jobs=1)
     steps = [stand_in("short", Outcome("ok"), ran, 0.5), stand_in("long", Outcome("ok"), ran, 5.0)]
     gpu.run_steps(job, steps, "a")
-    assert ran == ["short 30", "long 90"]
+    assert ran == ["short 30", "long 90"], "no step gets less than 30 s, and the last one all that is left"
     job.end = time.monotonic() + 3
     outcomes = gpu.run_steps(job, [*steps, stand_in("late", Outcome("ok"), ran)], "a")
     assert outcomes["late"].status == "left out"
     assert len(ran) == 2
+
+
+def test_each_step_has_its_share_and_what_those_before_it_left(tmp_path: Path) -> None:
+    ran: list[str] = []
+    job = Job(tmp_path, sys.executable, 10, jobs=1)
+    steps = [stand_in(name, Outcome("ok"), ran, share) for name, share in (("a", 1.0), ("b", 3.0), ("c", 1.0))]
+    gpu.run_steps(job, steps, "a")
+    assert ran == ["a 120", "b 450", "c 600"]
+
+
+def test_nothing_is_tried_without_what_everything_needs(tmp_path: Path) -> None:
+    ran: list[str] = []
+    job = Job(tmp_path, sys.executable, 10, jobs=1)
+    broken = stand_in("build", Outcome("failed"), ran)
+    broken = replace(broken, needed=True)
+    outcomes = gpu.run_steps(job, [broken, stand_in("tests", Outcome("ok"), ran)], "a")
+    assert [line.split()[0] for line in ran] == ["build"]
+    assert (outcomes["tests"].status, outcomes["tests"].detail) == ("left out", "build failed")
+    assert {step.name for step in gpu.STEPS if step.needed} == {"build", "imports"}
+
+
+def test_results_of_other_sources_are_deleted(job: Job) -> None:
+    gpu.run_steps(job, [], "a")
+    (job.out / "summary.json").write_text(json.dumps({"fingerprint": "a", "steps": {}}))
+    for folder in ("tests", "tuned"):
+        (job.out / folder).mkdir()
+    (job.out / "kernels.attempts").write_text("")
+    gpu.run_steps(job, [stand_in("one", Outcome("ok"), [])], "a")
+    assert (job.out / "tuned").exists() and (job.out / "kernels.attempts").exists()
+    gpu.run_steps(job, [stand_in("one", Outcome("ok"), [])], "b")
+    assert [path.name for path in job.out.iterdir()] == ["summary.json"]
+
+
+FATAL = """
+import sys, pathlib
+from resnet_fused.attempts import Attempts
+import os
+attempts = Attempts(pathlib.Path(sys.argv[1]))
+for name in ("one", "two", "three"):
+    try:
+        with attempts.attempt(name):
+            if name != "two": os.abort()
+    except Exception:
+        pass
+print("through")
+"""
+
+
+def test_a_command_that_a_kernel_ended_is_begun_again(job: Job) -> None:
+    command = [sys.executable, "-c", FATAL, str(job.out / "kernels.attempts")]
+    outcome = gpu.in_turn(job, [("kernels", command)], 120)
+    assert (outcome.status, outcome.failures) == ("ok", [])
+    assert outcome.detail == "1 of 1 done; 2 kernels hung or died, see *.attempts"
+    log = (job.out / "logs/kernels.log").read_text()
+    assert log.count("$ ") == 3 and log.rstrip().endswith("through")
+    outcome = gpu.in_turn(job, [("kernels", [sys.executable, "-c", "raise SystemExit(1)"])], 120)
+    assert outcome.status == "failed", "a command that fails for another reason is not tried again"
+    assert (job.out / "logs/kernels.log").read_text().count("$ ") == 4
+
+
+def test_a_command_has_time_to_write_what_it_found(job: Job) -> None:
+    saves = (
+        "import pathlib, time\nfrom resnet_fused.attempts import terminated_as_interrupted\n"
+        f"file = pathlib.Path({str(job.out / 'found')!r})\n"
+        "with terminated_as_interrupted():\n  try:\n    file.write_text('begun')\n    time.sleep(99)\n"
+        "  except KeyboardInterrupt:\n    file.write_text('found')\n"
+    )
+    done = job.run([sys.executable, "-c", saves], "saves", 15)
+    assert done.status is None
+    assert (job.out / "found").read_text() == "found"
+
+
+def test_groups_of_tests_are_complete() -> None:
+    """Every op, backend, dtype and model is in one group, and every test of a model in one word's."""
+    made = gpu.groups(("bf16", "tf32"))
+    assert len({name for name, *_ in made}) == len(made)
+    kernels = [(backend, *options[1::2]) for _, part, backend, options in made if part == "kernels"]
+    assert {(backend, op) for backend, op, _ in kernels} == {(b, op) for b in gpu.BACKENDS for op in gpu.OPS}
+    for backend in gpu.BACKENDS:
+        assert sorted(d for b, op, d in kernels if (b, op) == (backend, "conv_bn_act")) == ["bf16", "tf32"]
+    assert set(gpu_models.MODELS) | {"small"} == set(gpu.MODELS)
+    tests = [name for name in vars(gpu_models) if name.startswith("test_")]
+    assert sorted(tests) == [
+        "test_auto_takes_what_there_is", "test_cuda_graph_and_compile", "test_parity", "test_parity_of_a_small_model",
+    ]  # fmt: skip
+
+
+def test_a_group_that_ran_to_its_end_is_not_run_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def run(self: Job, command: list[str], name: str, limit: float, env: dict[str, str]) -> gpu.Finished:
+        ran.append(env["TORCHINDUCTOR_COMPILE_THREADS"])
+        (job.out / "tests" / f"{name}.jsonl").write_text('{"name": "a", "outcome": "failed"}\n')
+        return gpu.Finished(1, 0.0, job.out / "log")
+
+    monkeypatch.setattr(Job, "run", run)
+    for arguments, times in ((["x"], 1), (["x"], 1), (["x", "y"], 2)):
+        group = gpu.run_group(job, "group", arguments, 100)
+        assert group.complete and group.failures == ["a"]
+        assert ran == ["1"] * times
 
 
 def test_commands_are_stopped_at_their_limit_with_their_children(job: Job) -> None:
@@ -177,6 +279,7 @@ def test_environment_of_commands(job: Job, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     on_gpu = Job(job.out, sys.executable, None, 1).environment()
     assert on_gpu["TRITON_INTERPRET"] == "0"
+    assert on_gpu["COLUMNS"] == "200"
     assert on_gpu["RESNET_FUSED_CACHE"] == str(job.out / "tuned")
     assert on_gpu["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
 
@@ -268,6 +371,7 @@ def test_suite_is_asked_for_the_whole_table_or_one_case(
     table = (suite.FULL_MODELS, suite.FULL_BATCHES, suite.DTYPES["cuda"])
     assert (given.models, given.batches, given.dtypes) == (table if full else (("resnet50",), (256,), ("bf16",)))
     assert given.seconds == (10.0 if full else 3.0)
+    assert given.peers == (() if full else ("torch.compile", "cuDNN fused"))
 
 
 def test_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

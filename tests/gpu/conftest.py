@@ -146,11 +146,11 @@ class _Results:
         self.path, self.timeout = path, timeout
         self.trace = path.with_suffix(".trace").open("a")  # stderr is pytest's, and lost with the process
         lines = path.read_text().splitlines() if path.exists() else []
-        self.known = {json.loads(line)["test"] for line in lines}
+        self.known = {json.loads(line)["name"] for line in lines}
 
     def _write(self, test: str, outcome: str, **more: Any) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"test": test, "outcome": outcome, **more}) + "\n")
+            file.write(json.dumps({"name": test, "outcome": outcome, **more}) + "\n")
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         left = [item for item in items if item.nodeid not in self.known]
