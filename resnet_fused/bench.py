@@ -3,7 +3,7 @@
 Everything that is timed or weighed runs in a fresh Python process (a worker: this file run as a module), out of reach
 of what the allocator and the caches kept from earlier work. One worker times all contenders of a dtype, interleaved:
 one call of each in turn, in an order that changes from round to round. It runs twice: with the allocator's defaults,
-and with memory reused (see `REUSE`).
+and with memory reused (see `REUSE`); on a GPU, whose memory torch manages itself, once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -36,6 +36,7 @@ from . import blocks, environment, models
 from .errors import InputError, WorkerError
 from .explain import explain
 from .fuse import fuse
+from .gpu_timer import cudnn_measures
 from .kernels import native
 from .settings import ACCURACIES, one_of
 from .verify import verify
@@ -49,6 +50,8 @@ BASELINE = "eager channels_last"
 # glibc gives large tensors back to the system when they are freed, and every fresh page costs a fault on first touch:
 # for eager that can be half of the time. With these settings it keeps and reuses them, as tuned servers do.
 REUSE = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+
+MEMORY = {"cpu": ("default", "reused"), "cuda": ("default",)}
 
 Progress = Callable[[str, float], None]  # what is going on, and the share of the whole job that is done
 
@@ -361,7 +364,9 @@ def worker_main(argument: str) -> None:
 
     spec = json.loads(argument)
     job = Job(**spec["job"] | {"dtypes": tuple(spec["job"]["dtypes"])})
-    with torch.inference_mode():
+    # cuDNN measures and chooses, for the unfused model as well, as a server would have it.
+    chosen = cudnn_measures() if job.device == "cuda" else nullcontext()
+    with torch.inference_mode(), chosen:
         if spec["task"] == "time":
             say(result=time_contenders(job, spec["dtype"], lambda share: say(progress=share)))
         else:
@@ -390,7 +395,7 @@ def run(job: Job, on_progress: Progress = lambda what, share: None) -> dict[str,
     """
     # Stages, each with the share of the whole job's time it is expected to take.
     parity = [(d, c.accuracy) for d in job.dtypes for c in job.contenders(d) if c.accuracy]
-    timing = list(itertools.product(job.dtypes, ("default", "reused")))
+    timing = list(itertools.product(job.dtypes, MEMORY[job.device]))
     memory = [(d, c.name) for d in job.dtypes for c in job.contenders(d)]
     total = 8.0 * len(parity) + (job.seconds + 6.0) * len(timing) + 5.0 * len(memory)
     done = 0.0

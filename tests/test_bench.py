@@ -127,6 +127,18 @@ def test_clocks_before_and_after_the_run(monkeypatch):
     assert report.clocks(found) == "cores 1000 MHz before, cores 2000 MHz after"
 
 
+@pytest.mark.parametrize(("device", "settings"), [("cpu", {"default", "reused"}), ("cuda", {"default"})])
+def test_allocator_settings(monkeypatch, device, settings):
+    """Those of the C library change nothing on a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(environment, "clocks", lambda device: None)
+    monkeypatch.setattr(environment, "device_name", lambda device: "a device")
+    monkeypatch.setattr(bench, "check_parity", lambda job, dtype, accuracy: ({"ok": True}, {}))
+    monkeypatch.setattr(bench, "run_worker", worker)
+    found = bench.run(bench.Job("resnet20_cifar", 1, ("bf16",), device))
+    assert {row["memory"] for row in found["rows"]} == settings
+
+
 def worker(spec, reuse, on_progress):
     """Stands in for `bench.run_worker`."""
     if spec["task"] == "weigh":
