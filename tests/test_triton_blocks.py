@@ -419,6 +419,25 @@ def test_head_without_bias_and_of_one_pixel():
     torch.testing.assert_close(pooled_head.head(x, w), x.flatten(1) @ w.T)
 
 
+@pytest.mark.parametrize(("convolutions", "matrices", "exact"), [
+    ("tf32", "ieee", True), ("tf32", "tf32", False), ("ieee", "tf32", True), ("ieee", "ieee", True),
+])  # fmt: skip
+def test_head_rounds_to_tf32_only_where_both_switches_allow_it(convolutions, matrices, exact):
+    """A linear layer that is not fused has the switch of matrix products; the layer kernels that of convolutions."""
+    x, w, b = image(2, 32, 1, 1, torch.float32, "nhwc"), torch.randn(16, 32), torch.randn(16)
+    wanted = x.flatten(1).double() @ w.T.double() + b.double()
+    switches = (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch, value in zip(switches, (convolutions, matrices), strict=True):
+            switch.fp32_precision = value
+        error = (pooled_head.head(x, w, b).double() - wanted).abs().max() / wanted.abs().max()
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+    assert (error < 1e-6) == exact
+
+
 # --- what runs, and with which configuration -------------------------------------------------------------------------
 
 SHAPES = (
