@@ -209,7 +209,7 @@ def imports(job: Job, limit: float) -> Outcome:
         f"backends = ({'cuda, cudnn, ' if on_gpu else ''}triton,); "
         "shape = Conv(2, 64, 8, 8, 64, 1, 1); lacks = {kernels.__name__: why for kernels in backends "
         "if (why := kernels.unsupported(shape, torch.bfloat16, device))}; "
-        f"print(lacks or 'all backends'); raise SystemExit(lacks and (1 if len(lacks) == len(backends) else {NOT_ALL}))"
+        f"print(lacks or 'all backends'); raise SystemExit({{0: 0, len(backends): 1}}.get(len(lacks), {NOT_ALL}))"
     )
     done = job.run([job.python, "-c", code], "imports", limit)
     if done.status == NOT_ALL:
@@ -231,7 +231,8 @@ def tests(job: Job, limit: float) -> Outcome:
         command = [f"tests/gpu/test_gpu_{part}.py", "--backend", backend, *options, *more]
         result = run_group(job, f"tests-{name}", command, end - time.monotonic())
         found.append(result)
-        job.say(f"  {name}: {result}")
+        if result.outcomes or result.complete:
+            job.say(f"  {name}: {result}")
 
     with concurrent.futures.ThreadPoolExecutor(job.jobs) as pool:
         list(pool.map(run, groups(("bf16", "tf32", "fp16", "fp32") if job.full else ("bf16", "tf32"))))

@@ -180,6 +180,20 @@ def test_nothing_is_tried_without_what_everything_needs(tmp_path: Path) -> None:
     assert {step.name for step in gpu.STEPS if step.needed} == {"build", "imports"}
 
 
+def test_imports(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That one backend of several cannot be used is told; that none can, ends the run."""
+    assert gpu.imports(job, 60).status == "ok"
+    job.device = "cuda"
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "environment", lambda self: os.environ | {"PYTHONPATH": str(ROOT)})
+        outcome = gpu.imports(job, 60)
+    assert (outcome.status, len(outcome.failures)) == ("failed", 1)
+    half = SimpleNamespace(status=gpu.NOT_ALL, last_line=lambda: "{'cuda': 'it was not compiled'}")
+    monkeypatch.setattr(Job, "run", lambda *_: half)
+    outcome = gpu.imports(job, 60)
+    assert (outcome.status, outcome.detail) == ("partial", "{'cuda': 'it was not compiled'}")
+
+
 def test_results_of_other_sources_are_deleted(job: Job) -> None:
     gpu.run_steps(job, [], "a")
     (job.out / "summary.json").write_text(json.dumps({"fingerprint": "a", "steps": {}}))
