@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import operator
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -181,24 +182,102 @@ def is_watched(block: nn.Module) -> bool:
 
 IRRELEVANT = (
     *("inplace", "momentum", "transposed", "output_padding", "affine", "track_running_stats"),
+    "_reversed_padding_repeated_twice",  # padding, once more
     *("eps", "kernel_size", "in_channels", "out_channels", "num_features"),  # read anew, or off the tensors
 )
 """Attributes of torch's modules that may change without a change of what a fused op has to compute."""
 
 
-def attributes(module: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
-    """A module's own numbers, flags and names, on which its forward may depend, as (its dictionary, key, value)."""
+Attribute = tuple[nn.Module, str, Any]
+"""A module, the name of an attribute, and its value or None. Not its dictionary: copying a module makes another one."""
+
+
+def attributes(module: nn.Module) -> list[Attribute]:
+    """All of a module's own attributes, on which its forward may depend, and those of its classes that it may hide."""
     store = module.__dict__
-    return [(store, k, v) for k, v in store.items() if k not in _MODULE and k not in IRRELEVANT and _is_plain(v)]
+    classes = [cls for cls in original_class(module).__mro__ if cls.__module__.partition(".")[0] != "torch"]
+    of_class = {name for cls in classes for name, value in vars(cls).items() if _is_constant(value)}
+    return [(module, name, store.get(name)) for name in {**store, **dict.fromkeys(sorted(of_class))} if is_own(name)]
+
+
+def attributes_read(module: nn.Module, names: Iterable[str]) -> list[Attribute]:
+    """Those of these names that no other part of what is watched looks at."""
+    children = {*module._modules, *module._parameters, *module._buffers}
+    own = [name for name in names if is_own(name) and name not in children and not hasattr(nn.Module, name)]
+    return [(module, name, module.__dict__.get(name)) for name in own]
 
 
 _MODULE = frozenset(nn.Module().__dict__)
+
+
+def is_own(name: str) -> bool:
+    """Whether an attribute is a module's own, and not torch's or this package's."""
+    return name not in (*_MODULE, *IRRELEVANT, *CALL_ATTRIBUTES) and not name.startswith(("__", "_fused", "_unfused"))
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether what a class holds stays out of its instances, as a property that keeps its value there does not."""
+    return inspect.isfunction(value) or not hasattr(value, "__get__")
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return isinstance(value, (bool, int, float, str))
+
+
+def same(now: Any, before: Any) -> bool:
+    """Whether an attribute is what it was: the same object, or numbers, flags and names that are equal."""
+    return now is before or (_is_plain(before) and _is_plain(now) and now == before)
+
+
+class Contents:
+    """What a list, dictionary or tensor holds, to see that it is changed in place; a tensor's are its version.
+
+    Args:
+        holder: the list, dictionary or tensor. What is in it is looked at, not what is in that.
+    """
+
+    def __init__(self, holder: Any) -> None:
+        self.holder = holder
+        self.is_tensor = isinstance(holder, Tensor)
+        self.seen = self.now()
+
+    @classmethod
+    def of(cls, value: Any) -> list[Contents]:
+        """Those of an attribute and of the tensors in it; none of what cannot be changed in place, or is unknown."""
+        holds = isinstance(value, (list, dict, Tensor))
+        whole = [cls(value)] if holds else []
+        return [*whole, *(cls(each) for content in whole for each in content.seen if isinstance(each, Tensor))]
+
+    def now(self) -> list[Any]:
+        """What is there now."""
+        if self.is_tensor:
+            return [-1 if self.holder.is_inference() else self.holder._version]
+        return [*self.holder, *self.holder.values()] if isinstance(self.holder, dict) else [*self.holder]
+
+    def changed(self) -> bool:
+        """Whether it holds anything else."""
+        now = self.now()
+        return len(now) != len(self.seen) or not all(map(same, now, self.seen))
+
+    def restore(self) -> None:
+        """Put back what was in a list or dictionary."""
+        if isinstance(self.holder, dict):
+            half = len(self.seen) // 2
+            self.holder.clear()
+            self.holder.update(zip(self.seen[:half], self.seen[half:], strict=True))
+        elif not self.is_tensor:
+            self.holder[:] = self.seen
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a tensor counts its versions anew.
+        return {**self.__dict__, "seen": [None] if self.is_tensor and self.changed() else self.seen}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.is_tensor and self.seen != [None]:
+            self.seen = self.now()
 
 
 @dataclass
@@ -213,7 +292,8 @@ class Watched:
         whole: dictionaries of children that must not grow either.
         size: how many children they had.
         owners: modules whose forward has to be running.
-        attributes: what the forwards may read that is no tensor and no module, as (dictionary, key, value when fused).
+        attributes: what the forwards may read that is no parameter, buffer or module, with the values when fused.
+        contents: of those that can be changed in place.
         norms: BatchNorms whose eps is read.
         sources: where the tensors are kept that scales and shifts depend on, as (dictionary, key).
         weights: where those of the convolutions are.
@@ -227,7 +307,8 @@ class Watched:
     whole: list[dict[str, nn.Module | None]]
     size: int
     owners: list[nn.Module]
-    attributes: list[tuple[dict[str, Any], str, Any]]
+    attributes: list[Attribute]
+    contents: list[Contents]
     norms: list[Any]
     sources: list[tuple[dict[str, Tensor], str]]
     weights: list[tuple[dict[str, Tensor], str]]
@@ -238,12 +319,26 @@ class Watched:
         self.present = list(modules)
         self.hooks = [hooks for m in modules for hooks in hook_stores(m)]
 
+    def watch_attributes(self, found: Iterable[Attribute]) -> None:
+        """Look at these attributes, and at no others."""
+        self.attributes = list(found)
+        self.contents = [content for _, _, value in self.attributes for content in Contents.of(value)]
+
     def changed(self) -> bool:
         """Whether the modules inside are no longer those that were fused."""
         return (
             sum(map(len, self.whole)) != self.size
             or [children.get(name) for children, name in self.inside] != self.modules
         )
+
+    def attributes_changed(self) -> bool:
+        """Whether an attribute is no longer what it was, or was changed in place."""
+        others = [(m.__dict__.get(k), value) for m, k, value in self.attributes if m.__dict__.get(k) is not value]
+        return not all([same(now, before) for now, before in others]) or self.contents_changed()
+
+    def contents_changed(self) -> bool:
+        """Whether an attribute was changed in place."""
+        return any([content.changed() for content in self.contents])
 
     def lacks(self) -> bool:
         """Whether a tensor was taken away since, or a convolution got a bias or lost it."""
@@ -261,7 +356,9 @@ class Watched:
             return "a hook on a module inside it"
         if self.changed():
             return "a module inside it was replaced after fusing"
-        if any([store.get(name) != value for store, name, value in self.attributes]):
+        if torch.compiler.is_compiling() and any([content.is_tensor for content in self.contents]):
+            return "torch.compile does not see when a tensor among the attributes of a module inside it changes"
+        if self.attributes_changed():
             return "an attribute of a module inside it was changed after fusing"
         if any([m.training for m in self.present]):
             return "a module inside it is in train mode"
@@ -300,7 +397,7 @@ class Watched:
             *self.inside,
             *((module.__dict__, name) for module in self.present for name in ("training", *CALL_ATTRIBUTES)),
             *((norm.__dict__, "eps") for norm in self.norms),
-            *((store, name) for store, name, _ in self.attributes),
+            *((module.__dict__, name) for module, name, _ in self.attributes),
             *self.sources,
             *self.weights,
             *((store, "bias") for store, _ in self.weights),
@@ -331,6 +428,7 @@ class Fusion:
         settings: how to run.
         owner: for a chain that `owner`'s forward calls by name: fused only inside that forward, so that calling one of
             its modules from elsewhere gives that module's own output.
+        read: names of what that forward reads off its module and does not change itself.
     """
 
     op: ClassVar[str]
@@ -347,6 +445,7 @@ class Fusion:
         settings: Settings,
         whole: Sequence[dict[str, nn.Module | None]] = (),
         owner: nn.Module | None = None,
+        read: Iterable[str] = (),
     ) -> None:
         self.layers = tuple(layers)
         self.steps = tuple(steps)
@@ -363,16 +462,19 @@ class Fusion:
             size=sum(map(len, whole)),
             owners=[] if owner is None else [owner],
             attributes=[],
+            contents=[],
             norms=[layer.norm for layer in layers if layer.norm is not None and layer.eps is None],
             sources=[source for layer in layers for source in layer.sources()],
             weights=[(conv._parameters, "weight") for conv in self.convs],  # type: ignore[misc]
             plain=[conv.bias is None for conv in self.convs],
         )
         self.watched.watch([m for m in modules if m is not None])
-        self.watched.attributes = [
-            *(entry for m in dict.fromkeys((*self.steps, *self.watched.present)) for entry in attributes(m)),
-            *(entry for m in self.watched.owners for entry in attributes(m) if isinstance(entry[2], (bool, str))),
-        ]
+        self.watched.watch_attributes(
+            [
+                *(entry for m in dict.fromkeys((*self.steps, *self.watched.present)) for entry in attributes(m)),
+                *(entry for m in self.watched.owners for entry in attributes_read(m, read)),
+            ]
+        )
         self._first = self.convs[0]
 
     def __getstate__(self) -> dict[str, Any]:

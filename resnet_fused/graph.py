@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .folding import Arguments, Layer
-from .fusion import Fusion, Settings
+from .fusion import Fusion, Settings, attributes
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ class GraphFusion(Fusion):
         self.result = result
         self.channels = channels
         self.watched.watch(left_out)
+        # What the steps read anew on every call may change.
+        taken = {step.target[0] for step in self.program if step.kind == "tensor"}
+        of_block = [entry for entry in attributes(block) if entry[1] not in taken]
+        self.watched.watch_attributes([*of_block, *(entry for m in left_out for entry in attributes(m))])
 
     def compute(self, x: Tensor, arguments: Sequence[Arguments], backend: str, accuracy: str) -> Tensor:  # noqa: D102
         values: dict[int, Any] = {0: x}

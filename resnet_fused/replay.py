@@ -81,7 +81,10 @@ class Recording:
     def holds(self) -> bool:
         """Whether all is as it was."""
         assert native.bindings is not None
-        return self._watched.where_unfused(CPU) is None and native.bindings.unchanged(*self._guard)
+        watched = self._watched
+        if watched.where_unfused(CPU) is not None or (watched.contents and watched.contents_changed()):
+            return False
+        return bool(native.bindings.unchanged(*self._guard))
 
     def run(self, x: Tensor) -> Tensor:
         """The output of the last piece."""

@@ -102,6 +102,7 @@ class Route:
             size=sum(map(len, stages)),
             owners=[owner],
             attributes=[],
+            contents=[],
             norms=[],
             sources=[],
             weights=[],

@@ -836,6 +836,160 @@ def test_attributes_changed_after_fusing(name):
     assert name == "own flag" or all("an attribute of a module inside it was changed" in why for why in rows.values())
 
 
+class Adjustable(plain.BasicBlock):
+    """A block whose forward reads attributes of every kind, which change nothing as they are."""
+
+    gain = 1.0
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.drop = None
+        self.scales, self.more, self.factor = [1.0], {"scale": 1.0}, torch.ones(1)
+        self.factors = [torch.ones(1)]
+        self.end = functional.relu
+
+    def between(self, x):
+        return x
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.end(self.bn1(self.conv1(x)))))
+        if self.drop is not None:
+            y = self.drop(y)
+        y = self.between(y) * self.scales[0] * self.more["scale"] * self.factor * self.factors[0] * self.gain
+        return self.end(y + x)
+
+
+ADJUSTMENTS = {
+    "none": lambda m: setattr(m, "drop", torch.sin),
+    "none, a module": lambda m: setattr(m, "drop", nn.Tanh()),
+    "list": lambda m: setattr(m, "scales", [0.5]),
+    "in a list": lambda m: m.scales.__setitem__(0, 0.5),
+    "in a dictionary": lambda m: m.more.update(scale=0.5),
+    "tensor": lambda m: setattr(m, "factor", torch.tensor([0.5])),
+    "in a tensor": lambda m: m.factor.mul_(0.5),
+    "in a tensor in a list": lambda m: m.factors[0].mul_(0.5),
+    "function": lambda m: setattr(m, "end", functional.gelu),
+    "in place of a class's": lambda m: setattr(m, "gain", 0.5),
+    "in place of a method": lambda m: setattr(m, "between", torch.sin),
+}
+
+
+@pytest.mark.parametrize("duplicate", [None, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("name", ADJUSTMENTS)
+def test_attributes_of_any_kind_changed_after_fusing(name, duplicate):
+    model = two(Adjustable)
+    fast, x = rf.fuse(model), images(channels=16)
+    with torch.no_grad():
+        if duplicate is not None:
+            fast(x)
+            fast = duplicate(fast)
+        before = fast(x)
+        assert [row.kernel for row in rf.explain(fast, x).rows] == ["basic_block"] * 2
+        for m in (model, fast):
+            ADJUSTMENTS[name](m[1])
+        torch.testing.assert_close(fast(x), model(x))
+        assert not torch.allclose(fast(x), before, rtol=1e-2)
+    whys = [row.why for row in rf.explain(fast, x).rows if row.block.startswith("1")]
+    assert len(whys) == 2 and all("after fusing" in why for why in whys)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_block_with_a_changed_tensor_is_none_either(duplicate):
+    model = two(Adjustable)
+    fast, x = rf.fuse(model), images(channels=16)
+    for m in (model, fast):
+        m[1].factor.mul_(0.5)
+    twin = duplicate(fast)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), model(x))
+    assert ops_run(twin, x) == ops_run(fast, x) == ["0"]
+
+
+@pytest.mark.parametrize("factor", [1.0, torch.ones(1)], ids=["without tensors", "with tensors"])
+def test_compile_a_block_with_attributes_of_any_kind(factor):
+    model, graphs = two(Adjustable), []
+    model[1].factor, model[1].factors = factor, [factor]
+    fast, x = rf.fuse(model), images(channels=16)
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    with torch.no_grad():
+        compiled = torch.compile(fast, fullgraph=True, backend=keep)
+        torch.testing.assert_close(compiled(x), model(x))
+        assert "".join(graphs).count("resnet_fused.basic_block") == 1 + isinstance(factor, float)
+        for name in ("in a list", "none", "function"):
+            for m in (model, fast):
+                ADJUSTMENTS[name](m[1])
+            graphs.clear()
+            torch.testing.assert_close(compiled(x), model(x))
+            assert "".join(graphs).count("resnet_fused.basic_block") == 1
+    torch._dynamo.reset()  # or other tests would reach the limit of recompilations
+
+
+@pytest.mark.parametrize("keep", [lambda m, x: m.kept.append(x), lambda m, x: m.named.update(x=x)])
+def test_a_block_that_keeps_what_passes_is_no_block(keep):
+    class Keeping(plain.BasicBlock):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.kept, self.named = [], {}
+
+        def forward(self, x):
+            keep(self, x)
+            return super().forward(x)
+
+    model = two(Keeping)
+    fast, x = rf.fuse(model), images(channels=16)
+    assert not fast[1].kept and not fast[1].named
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), model(x))
+    assert len(fast[1].kept) == len(model[1].kept) and fast[1].named.keys() == model[1].named.keys()
+    assert ops_run(fast, x) == ["0", "1.conv1..bn1", "1.conv2..bn2"]
+
+
+class Tapped(nn.Module):
+    """Does something with what passes between its layers, if asked to, and keeps account of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = plain.conv3x3(16, 16), nn.BatchNorm2d(16)
+        self.norm.running_var.fill_(3.0)
+        self.between = self.owner_of_it = None
+        self.calls, self.seen, self.wanted = 0, [], [False]
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append(self.calls)
+        x = self.conv(x)
+        if self.between is not None:
+            x = self.between(x)
+        if self.wanted[0]:
+            x = x * 2
+        return self.norm(x)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: setattr(m, "between", torch.sin), lambda m: m.wanted.__setitem__(0, True)]
+)
+def test_attributes_that_a_forward_reads_and_changes(change):
+    model = Tapped().eval()
+    fast, x = rf.fuse(model), images(channels=16)
+    assert fast.seen == [] and fast.calls == 0
+    with torch.no_grad():
+        for m in (model, fast):
+            m.owner_of_it = m.new = "what no forward reads"
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), model(x))
+        assert fast.seen == model.seen == [1, 2]
+        assert ops_run(fast, x) == ["conv..norm"]
+        for m in (model, fast):
+            change(m)
+        torch.testing.assert_close(fast(x), model(x))
+    assert ops_run(fast, x) == []
+
+
 def test_flag_of_the_model_changed_after_fusing():
     class Net(nn.Module):
         def __init__(self):

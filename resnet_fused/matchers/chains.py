@@ -37,6 +37,8 @@ def match_chain(
     )  # modules that make the ReLU, None: no ReLU
     length = 2 + (relu or 0)
     common: dict[str, Any] = {"settings": settings, "owner": owner}
+    if owner is not None:
+        common["read"] = model.read[owner]
 
     def candidates(length: int, pool: nn.MaxPool2d | None) -> list[Fusion]:
         chain = modules[:length]

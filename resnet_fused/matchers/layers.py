@@ -31,12 +31,14 @@ class Model:
         paths: of its modules, by id.
         places: how often a module is held, by id.
         graphs: of the forwards that were traced.
+        read: names of the attributes that those read and do not change themselves.
     """
 
     root: nn.Module
     paths: dict[int, str] = field(default_factory=dict)
     places: Counter[int] = field(default_factory=Counter)
     graphs: dict[nn.Module, fx.Graph] = field(default_factory=dict)
+    read: dict[nn.Module, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, module in self.root.named_modules():

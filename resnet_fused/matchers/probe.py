@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..fusion import Fusion, original_class, unfused
+from ..fusion import Contents, Fusion, is_own, original_class, unfused
 from ..graph import GraphFusion
 from ..mixins import FUSED_ATTRIBUTES
 from .forwards import check_forward
@@ -132,7 +132,7 @@ def run_original(steps: Sequence[nn.Module], x: Tensor) -> Tensor:
         Refused: they do something besides.
     """
     state = torch.get_rng_state()
-    before = {module: dict(module.__dict__) for step in steps for module in step.modules()}
+    before = [Before(module) for step in steps for module in step.modules()]
     y = x
     try:
         for step in steps:
@@ -141,7 +141,7 @@ def run_original(steps: Sequence[nn.Module], x: Tensor) -> Tensor:
         message = " ".join(str(error).split())[:100]
         raise Refused(f"does not run on one image tensor: {message}") from None
     finally:
-        stored = [name for module, attributes in before.items() for name in restore(module, attributes)]
+        stored = [name for each in before for name in each.restore()]
     if stored:
         raise Refused(f"stores {stored[0]} in its forward")
     if not torch.equal(state, torch.get_rng_state()):
@@ -152,14 +152,27 @@ def run_original(steps: Sequence[nn.Module], x: Tensor) -> Tensor:
     return y
 
 
-def restore(module: nn.Module, attributes: dict[str, Any]) -> list[str]:
-    """Give a module the attributes back that it had, and return the names of those that were others."""
-    now = module.__dict__
-    stored = [name for name in {**attributes, **now} if now.get(name, now) is not attributes.get(name, now)]
-    now.update(attributes)
-    for name in now.keys() - attributes.keys():
-        del now[name]
-    return stored
+class Before:
+    """The attributes of a module as they are now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._store = module.__dict__
+        self._attributes = dict(self._store)
+        self._contents = {name: Contents.of(value) for name, value in self._store.items() if is_own(name)}
+
+    def restore(self) -> list[str]:
+        """Give the module the attributes back that it had, and return the names of those that were others."""
+        before, now = self._attributes, self._store
+        stored = [name for name in {**before, **now} if now.get(name, now) is not before.get(name, now)]
+        now.update(before)
+        for name in now.keys() - before.keys():
+            del now[name]
+        for name, contents in self._contents.items():
+            if any([content.changed() for content in contents]):
+                stored.append(name)
+                for content in contents:
+                    content.restore()
+        return stored
 
 
 def run_candidate(candidate: Fusion, x: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-from ..fusion import original_class, unfused
+from ..fusion import Contents, is_own, original_class, unfused
 from ..mixins import Fused
 from .layers import Model, Refused
 
@@ -20,6 +21,20 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m not in self._opened
+
+
+class _Reader:
+    """Notes what is looked up on a module while its forward is traced; comes before its class.
+
+    What that class does to its subclasses is not for this one.
+    """
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+    def __getattribute__(self, name: str) -> Any:
+        object.__getattribute__(self, "__dict__")["_fused_names"].add(name)
+        return super().__getattribute__(name)
 
 
 def unfused_copy(owner: nn.Module) -> nn.Module:
@@ -54,7 +69,20 @@ def trace(owner: nn.Module, model: Model, opened: Collection[nn.Module] = ()) ->
     """
     if not opened and owner in model.graphs:
         return model.graphs[owner]
-    graph = graph_of(_Tracer(opened), unfused_copy(owner), f"the forward of {original_class(owner).__name__} cannot")
+    shadow = unfused_copy(owner)
+    shadow.__dict__["_fused_names"] = names = set[str]()
+    shadow.__class__ = type(type(shadow).__name__, (_Reader, type(shadow)), {})
+    contents = {name: Contents.of(value) for name, value in owner.__dict__.items() if is_own(name)}
+    try:
+        graph = graph_of(_Tracer(opened), shadow, f"the forward of {original_class(owner).__name__} cannot")
+    finally:
+        changed = {name for name, held in contents.items() if any([content.changed() for content in held])}
+        for name in changed:
+            for content in contents[name]:
+                content.restore()
     if not opened:
         model.graphs[owner] = graph
+        before, now = owner.__dict__, shadow.__dict__
+        changed |= {name for name in names if now.get(name) is not before.get(name)}
+        model.read[owner] = sorted(names - changed)
     return graph
