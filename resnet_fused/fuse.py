@@ -27,9 +27,9 @@ def fuse(model: M, backend: str = "auto", accuracy: str = "strict", inplace: boo
     The result computes the same in eval mode, keeps every parameter, buffer and name (so a state_dict of the original
     loads, strictly, and the other way round), and runs its original modules after `train()`. Blocks are found by
     structure and checked numerically on random weights; what cannot be fused is left alone, and `explain` says why.
-    Scales and shifts follow `load_state_dict`, in-place changes and `.to(...)`; after writing through `.data` in place,
-    which torch does not count as a change, call `eval()`. The original modules also run under autocast, and while a
-    module inside a block has a hook or is in train mode.
+    Scales and shifts follow `load_state_dict`, in-place changes and `.to(...)`; after writing in place through `.data`,
+    or to tensors made in inference mode, which torch does not count as a change, call `eval()`. The original modules
+    also run under autocast, and while a module inside a block has a hook or is in train mode.
 
     Args:
         model: any module in eval mode: torchvision's, transformers', your own.
