@@ -698,11 +698,30 @@ def test_hooks_on_all_modules_see_every_block(fast, replays):
 
 def test_a_few_shapes_are_kept(fast):
     with torch.no_grad():
-        for h in range(3, 14):
+        for h in range(3, 5 + replay.RECORDINGS_PER_FUSION):
             fast(torch.randn(1, 16, h, 5))
     assert all(
         len(f.recordings) <= replay.RECORDINGS_PER_FUSION for m in fast.modules() for f in getattr(m, "fusions", list)()
     )
+
+
+def test_the_shape_not_used_for_longest_makes_room(fast, monkeypatch):
+    made, record = [], replay._record
+    monkeypatch.setattr(replay, "_record", lambda *args: made.append(args[-1].shape[2]) or record(*args))
+    monkeypatch.setattr(replay, "RECORDINGS_PER_FUSION", 3)
+    with torch.no_grad():
+        for height in (6, 7, 8, 6, 9, 6, 10, 6, 9, 7):
+            fast(torch.randn(1, 16, height, 5))
+    assert made == [6, 7, 8, 9, 10, 7]
+
+
+def test_twelve_shapes_in_turn_are_recorded_once(fast, monkeypatch):
+    made, record = [], replay._record
+    monkeypatch.setattr(replay, "_record", lambda *args: made.append(0) or record(*args))
+    with torch.no_grad():
+        for height in 3 * [*range(3, 15)]:
+            fast(torch.randn(1, 16, height, 5))
+    assert len(made) == 12
 
 
 def test_what_is_no_single_block_is_tried_once(monkeypatch):
