@@ -164,3 +164,21 @@ def test_transformers_saves_and_loads(tmp_path):
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
     with torch.no_grad():  # not bit for bit: oneDNN may take another kernel for memory that is aligned otherwise
         assert torch.allclose(again(x).logits, model(x).logits, rtol=1e-5, atol=1e-6)
+
+
+SCRIPTED = [
+    *("resnet18", "resnet50", "plain18", "resnet20_cifar", "plain20_cifar", "densenet121", "densenet40_k12_cifar"),
+    *("preact_resnet110_cifar", "preact_resnet164_cifar", "preact_resnet200", "identity_mappings_cifar", "vgg16_bn"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("name", SCRIPTED)
+@pytest.mark.parametrize("again", [False, True], ids=["made", "unfused"])
+def test_torch_script_takes_the_models(name, again):
+    model = prepared(rf.models.build(name))
+    x = images(1, 32)
+    if again:
+        model = rf.unfuse(rf.fuse(model))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(model)(x), model(x))

@@ -40,11 +40,6 @@ class PreActResNet(nn.Module):
         InputError: more than four stages or none, layers and widths differ in length, or an unknown shortcut.
     """
 
-    layer1: nn.Module
-    layer2: nn.Module
-    layer3: nn.Module
-    layer4: nn.Module
-
     def __init__(
         self,
         block: Any,
@@ -69,15 +64,16 @@ class PreActResNet(nn.Module):
         self.bn1 = norm(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        stages: list[nn.Module] = []
         for index, (planes, count) in enumerate(zip(widths, layers, strict=True)):
             first = {"preactivate": index > 0}
             stage = make_stage(
                 block, channels, planes, count, 1 if index == 0 else 2, shortcut, None, first, norm_layer=norm
             )
-            self.add_module(f"layer{index + 1}", stage)
+            stages.append(stage)
             channels = planes * block.expansion
-        for index in range(len(layers), STAGES):
-            self.add_module(f"layer{index + 1}", nn.Identity())
+        stages += [nn.Identity() for _ in range(len(layers), STAGES)]
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.norm = norm(channels)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(channels, num_classes)

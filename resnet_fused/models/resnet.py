@@ -36,11 +36,6 @@ class ResNet(nn.Module):
         InputError: stages are not four, replace_stride_with_dilation not three, or an unknown shortcut.
     """
 
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
-    layer4: nn.Sequential
-
     def __init__(
         self,
         block: Any,
@@ -70,6 +65,7 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         inplanes, dilation = 64, 1
+        stages = []
         for index, (planes, count) in enumerate(zip((64, 128, 256, 512), layers, strict=True)):
             stride, first = (1 if index == 0 else 2), {"dilation": dilation}
             if index > 0 and dilate[index - 1]:
@@ -77,8 +73,9 @@ class ResNet(nn.Module):
             stage = make_stage(
                 block, inplanes, planes, count, stride, shortcut, norm, first, dilation=dilation, **kwargs
             )
-            self.add_module(f"layer{index + 1}", stage)
+            stages.append(stage)
             inplanes = planes * block.expansion
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(inplanes, num_classes)
 

@@ -22,6 +22,8 @@ class DenseLayer(nn.Module):
         drop_rate: share of the new channels' values that are dropped in training.
     """
 
+    __constants__ = ("bottleneck",)  # for TorchScript, which then leaves out what is not there
+
     def __init__(
         self, num_input_features: int, growth_rate: int, bn_size: int | None = 4, drop_rate: float = 0.0
     ) -> None:
