@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from . import gpu_timer, plan
 from .errors import InputError
@@ -242,6 +243,12 @@ class _Watch(TorchDispatchMode):
         self._blocks: dict[int, str] = {}
         self._convs: dict[int, str] = {}
         self._reasons: dict[str, str] = {}
+        self._called = ""  # the unfused convolution that is running
+        self._hooks: list[RemovableHandle] = []
+        fused = {conv for fusion in fusions(model).values() for conv in fusion.convs}
+        self._unfused_convs = {
+            name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m not in fused
+        }
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d | nn.Linear) and (weight := module._parameters.get("weight")) is not None:
                 self._convs[id(weight)] = name
@@ -253,6 +260,20 @@ class _Watch(TorchDispatchMode):
             if reason is not None:
                 weights = (id(conv.weight) for conv in fusion.convs)
                 self._reasons |= {self._convs[weight]: reason for weight in weights if weight in self._convs}
+
+    def __enter__(self) -> _Watch:
+        for name, conv in self._unfused_convs.items():  # a hook on the others would unfuse them
+            self._hooks.append(conv.register_forward_pre_hook(functools.partial(self._call, name)))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _call(self, name: str, *call: Any) -> None:
+        self._called = name
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = functools.partial(func, *args, **(kwargs or {}))
@@ -278,10 +299,13 @@ class _Watch(TorchDispatchMode):
         return replace(row, roof=roof, seconds=_seconds(call, device) if self._timed else None)
 
     def _unfused(self, x: Tensor, weight: Tensor, y: Tensor, transposed: bool) -> PlanRow:
-        name, why = self._convs.get(id(weight), ""), "its weight is computed, as a parametrization does"
+        known = self._convs.get(id(weight))
+        name, self._called = self._called if known is None else known, ""
         if self._autocast:
             why = "autocast is on"
-        elif name:
+        elif known is None:
+            why = "its weight is computed, as a parametrization does"
+        else:
             why = self._reasons.get(name, "no BatchNorm that follows it was found")
         work = 2 * (x if transposed else y).numel() * weight[0].numel()
         moved = x.nbytes + weight.nbytes + y.nbytes

@@ -341,7 +341,8 @@ def test_parametrized_weight_stays():
     model.eval()
     fast, x = rf.fuse(model), images()
     assert {row.kernel for row in rf.explain(fast, x).rows if row.block == "layer1.0"} == {"conv_bn_act"}
-    assert reasons(fast, x) == {"": "its weight is computed, as a parametrization does"}
+    assert reasons(fast, x) == {"layer1.0.conv1": "its weight is computed, as a parametrization does"}
+    assert not fast.layer1[0].conv1._forward_pre_hooks
     torch.testing.assert_close(fast(x), model(x))
 
 
