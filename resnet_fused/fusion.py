@@ -6,9 +6,11 @@ import contextlib
 import inspect
 import itertools
 import operator
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from types import FrameType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -45,7 +47,7 @@ class _State(threading.local):
     def __init__(self) -> None:
         self.unfused = False
         # Changed in place only: what torch.compile makes of an assignment does not reach the thread-local value.
-        self.running: list[nn.Module] = []
+        self.running: list[tuple[nn.Module, FrameType | None]] = []  # owner, the frame of its call
         self.covered: list[tuple[nn.Module, nn.Module, Tensor]] = []  # owner, a module that is done, what it gave
 
 
@@ -65,14 +67,39 @@ def unfused() -> Iterator[None]:
 
 def enter(owner: nn.Module, args: tuple[Any, ...]) -> None:
     """Forward pre-hook of a module whose children run fused, but only inside its own forward (see `Fusion.owner`)."""
-    _state.running.append(owner)
+    frame = None
+    if not torch.compiler.is_compiling():
+        frame = sys._getframe(1)
+        if _state.running:
+            _state.running[:] = [entry for entry in _state.running if _is_on(entry[1])]
+    _state.running.append((owner, frame))
 
 
 def leave(owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook that ends what `enter` began."""
-    _state.running.pop()
+    """Forward hook that ends what `enter` began, and all within that; not called after a KeyboardInterrupt."""
+    for i in reversed(range(len(_state.running))):
+        if _state.running[i][0] is owner:
+            del _state.running[i:]
+            break
     if _state.covered:
         _state.covered[:] = [entry for entry in _state.covered if entry[0] is not owner]
+
+
+def is_running(owner: nn.Module) -> bool:
+    """Whether the forward of an owner is running in this thread."""
+    compiling = torch.compiler.is_compiling()
+    return any([m is owner and (compiling or _is_on(frame)) for m, frame in _state.running])
+
+
+def _is_on(frame: FrameType | None) -> bool:
+    """Whether a call is going on, if it was not compiled."""
+    if frame is None:
+        return True
+    try:
+        frame.clear()
+    except RuntimeError:  # only what is over can be cleared
+        return True
+    return False
 
 
 def cover(owner: nn.Module, modules: Sequence[nn.Module], output: Tensor) -> None:
@@ -373,7 +400,7 @@ class Watched:
         """`why_unfused`, as far as it is a matter of where the call comes from and not of the modules."""
         if _state.unfused:
             return "inside unfused()"
-        if self.owners and not all([any([m is owner for m in _state.running]) for owner in self.owners]):
+        if self.owners and not all([is_running(owner) for owner in self.owners]):
             return "called from outside of the model's own forward"
         if any(["forward" in owner.__dict__ for owner in self.owners]):
             return "the model's forward was replaced"

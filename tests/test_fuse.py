@@ -733,6 +733,39 @@ def test_an_error_inside_does_not_leave_the_stem_on():
         assert fast.conv1(x).shape[-1] == 16
 
 
+class Interrupted(nn.Module):
+    """A layer, after which somebody presses Ctrl-C."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.pressed = plain.conv3x3(16, 16), nn.BatchNorm2d(16), False
+        self.norm.running_var.fill_(3.0)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).sigmoid()
+        if self.pressed:
+            raise KeyboardInterrupt
+        return x
+
+
+def test_an_interrupted_call_is_not_taken_for_running():
+    torch.manual_seed(0)
+    model = nn.Sequential(Interrupted(), Interrupted()).eval()
+    fast, x = rf.fuse(model), images(channels=16)
+    assert ops_run(fast, x) == ["0.conv..norm", "1.conv..norm"]
+    with torch.no_grad():
+        for mine in fast:
+            for _ in range(2):
+                mine.pressed = True
+                with pytest.raises(KeyboardInterrupt):
+                    fast(x)
+                mine.pressed = False
+                for m, theirs in zip(fast, model, strict=True):
+                    torch.testing.assert_close(m.conv(x), theirs.conv(x))
+            assert ops_run(fast, x) == ["0.conv..norm", "1.conv..norm"]
+            torch.testing.assert_close(fast(x), model(x))
+
+
 def test_dataflow_with_extra_arguments():
     class Flexible(plain.BasicBlock):
         def forward(self, x, scale=1.0):
