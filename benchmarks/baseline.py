@@ -27,6 +27,7 @@ from rich.table import Table
 
 from resnet_fused import bench, environment
 from resnet_fused.errors import InputError
+from resnet_fused.tables import show, stdout
 
 KERNEL_REFERENCE = "eager channels_last"
 
@@ -211,7 +212,7 @@ def report(outcome: Comparison, tolerance: float, console: Console) -> None:
         for change in worse:
             figures = (f"{change.before:.2f}x", f"{change.now.value:.2f}x", f"{change.factor:.2f}")
             table.add_row(change.now.case, change.now.contender, change.now.reference, *figures, style="red")
-        console.print(table)
+        show(table, console)
     for title, names in (("not in the baseline", outcome.new), ("not in the results", outcome.missing)):
         for name in names:
             console.print(f"{title}: {name}", style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -272,7 +273,7 @@ def main(
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    report(outcome, worse, Console())
+    report(outcome, worse, stdout())
     raise typer.Exit(1 if outcome.worse(worse) else 0)
 
 

@@ -27,6 +27,7 @@ from .explain import explain as explain_model
 from .fuse import fuse
 from .kernels import cuda, native
 from .responses import layer_responses, plot_responses
+from .tables import show, stdout
 from .verify import verify as verify_model
 
 app = typer.Typer(
@@ -36,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
+console = stdout()
 
 Model = Annotated[str, typer.Argument(help="A model of resnet_fused.models.")]
 ModelOrBlock = Annotated[
@@ -153,7 +154,7 @@ def verify(
     with errors_in_one_sentence():
         unfused, x = benchmark.prepare(benchmark.Job(model, batch, (dtype,), device, accuracy), dtype)
         outcome = verify_model(unfused, fuse(unfused, backend=backend, accuracy=accuracy), x)
-        console.print(outcome)
+        show(outcome, console)
         raise typer.Exit(0 if outcome.ok else 1)
 
 
@@ -172,7 +173,7 @@ def explain(
     """Show which kernel runs every block at this shape, and why."""
     with errors_in_one_sentence():
         unfused, x = benchmark.prepare(benchmark.Job(model, batch, (dtype,), device, accuracy), dtype)
-        console.print(explain_model(fuse(unfused, backend=backend, accuracy=accuracy), x, roofline))
+        show(explain_model(fuse(unfused, backend=backend, accuracy=accuracy), x, roofline), console)
 
 
 @app.command()
@@ -190,7 +191,7 @@ def info(
             raise InputError(f"--image must be at least 32, got {pixels}")
         with torch.device("meta"):  # shapes only: nothing is computed
             counted = count(entry.make().eval(), torch.empty(1, 3, pixels, pixels))
-        console.print(replace(counted, model=model))
+        show(replace(counted, model=model), console)
 
 
 @app.command()
@@ -219,7 +220,7 @@ def responses(
                 models.load_weights(net, weights[index])
             measured[job.model] = layer_responses(net, x)
             console.print(job.model, style="bold")
-            console.print(measured[job.model])
+            show(measured[job.model], console)
         if not weights:
             console.print("The weights are random: give --weights of trained nets to compare them.", style="yellow")
         if json:
@@ -252,12 +253,14 @@ def tune(
                 shapes, x.dtype, x.device, seconds, tell,
                 most=configs, workers=workers, missing=missing, timeout=timeout,
             )  # fmt: skip
-        table = Table("shape", "fastest", "us", "others, times as slow", title=f"Tuned for {result.gpu}, {dtype}")
+        table = Table("shape", "fastest", title=f"Tuned for {result.gpu}, {dtype}")
+        table.add_column("us", justify="right")
+        table.add_column("others, times as slow")
         for tuned in result.shapes:
             (best, least), *others = tuned.seconds.items() or [("none ran", 0.0)]
             slower = ", ".join(f"{name} {seconds / least:.2f}" for name, seconds in others)
             table.add_row(str(tuned.shape), best, f"{least * 1e6:.1f}", slower)
-        console.print(table)
+        show(table, console)
         console.print(f"written to {result.path}", soft_wrap=True)
 
 
@@ -277,7 +280,7 @@ def env(
     table.add_row("CUDA kernels", cuda.built() or "built")
     table.add_row("instruction set in use", in_use)
     table.add_row("instruction sets here", ", ".join(runnable) or "none")
-    console.print(table)
+    show(table, console)
     if kernels:
         for title, entries in (
             ("Compiled kernels", environment.kernel_table()),
@@ -285,7 +288,7 @@ def env(
         ):
             listing = Table(title=title)
             for name in entries[0] if entries else ("kernel",):
-                listing.add_column(name, overflow="fold")
+                listing.add_column(name)
             for entry in entries:
                 listing.add_row(*map(str, entry.values()))
-            console.print(listing)
+            show(listing, console)

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from . import gpu_timer, plan
 from .errors import InputError
 from .fuse import arguments_of, check_model, fusions
+from .report import percent, three_digits
 from .roofline import DTYPES, Machine, Placement, dtype_name, flops, layer_traffic, measure, placement, total, traffic
 from .tables import render
 
@@ -131,7 +132,7 @@ class Plan:
         table = Table(title=title, caption=ROOFLINE_CAPTION, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for name in ("block", "kernel", "computed by"):
             table.add_column(name, overflow="fold")
-        for name in ("GFLOP", "MB", "by layers", "FLOP/byte"):
+        for name in ("GFLOP", "MB", "by layers", "FLOP per byte"):
             table.add_column(name, justify="right")
         table.add_column("limit")
         for name in ("bound ms", "ms", "share"):
@@ -169,14 +170,14 @@ def _style(row: PlanRow) -> str | None:
 def _figures(roof: Placement, seconds: float | None) -> tuple[str, ...]:
     """The cells of a row of the roofline table, after the names."""
     return (
-        f"{roof.flops / 1e9:.3f}",
-        f"{roof.bytes / 1e6:.1f}",
-        f"{roof.layer_bytes / 1e6:.1f}",
+        three_digits(roof.flops / 1e9),
+        three_digits(roof.bytes / 1e6),
+        three_digits(roof.layer_bytes / 1e6),
         f"{roof.intensity:.0f}",
         roof.bound,
-        f"{roof.bound_seconds * 1e3:.3f}",
-        f"{seconds * 1e3:.3f}" if seconds else "",
-        f"{roof.bound_seconds / seconds:.0%}" if seconds else "",
+        three_digits(roof.bound_seconds * 1e3),
+        three_digits(seconds * 1e3 if seconds else None),
+        percent(roof.bound_seconds / seconds if seconds else None),
     )
 
 

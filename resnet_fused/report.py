@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .errors import InputError
 from .roofline import Machine
+from .tables import show
 
 Result = dict[str, Any]  # what bench.run and peers.run return
 Row = dict[str, Any]
@@ -93,10 +94,10 @@ def print_result(result: Result, console: Console) -> None:
         if result["interrupted"]:
             console.print("Interrupted: these are the rows so far.", style="yellow")
         return
-    console.print(parity_table(result))
+    show(parity_table(result), console)
     for dtype in result["dtype"].split(","):
-        console.print(throughput_table(result, dtype))
-        console.print(cost_table(result, dtype))
+        show(throughput_table(result, dtype), console)
+        show(cost_table(result, dtype), console)
     console.print(
         f"Speed-up: over {result['baseline']} with the same allocator setting. ms: the median, beside it the 20th and "
         "80th percentile. Extra: the peak of one forward pass. Kept: what stays between passes (packed weights). "
@@ -109,8 +110,8 @@ def print_peers(result: Result, console: Console) -> None:
     """Print the comparison, a table for each dtype, and who wins."""
     for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
         if timed_rows(result, dtype):
-            console.print(peers_table(result, dtype))
-            console.print(numbers_table(result, dtype))
+            show(peers_table(result, dtype), console)
+            show(numbers_table(result, dtype), console)
         rows = select(result, dtype, "reused")
         for row in rows:
             if row["status"] != "ok":
@@ -135,7 +136,7 @@ def print_blocks(result: Result, console: Console) -> None:
     """Print the comparison of a model's blocks: a table for each dtype, and who was not measured or was wrong."""
     rows = result["rows"]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        console.print(blocks_table(result, dtype))
+        show(blocks_table(result, dtype), console)
     missing: dict[str, list[str]] = {}
     for row in (row for row in rows if row["status"] != "ok"):
         missing.setdefault(f"{row['dtype']} {row['name']}: {row['status']}, {row['detail']}", []).append(row["block"])

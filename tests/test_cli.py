@@ -1,6 +1,8 @@
 """The command line, end to end and on bad input."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -119,3 +121,21 @@ def test_installed_command():
     command = [sys.executable, "-m", "resnet_fused", "env"]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr
+
+
+def numbers(text):
+    """The words of a text that are a number with a point or comma."""
+    return sorted(word for word in re.split(r"[\s│┃]+", text) if re.search(r"\d[.,]\d", word))
+
+
+def test_numbers_stay_whole_in_a_narrow_terminal():
+    command = [sys.executable, "-m", "resnet_fused", "info", "densenet121"]
+    shown = {}
+    for width in ("30", "200", None):
+        environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+        environment |= {"COLUMNS": width} if width else {}
+        outcome = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        shown[width] = outcome.stdout
+    assert "…" not in "".join(shown.values())
+    assert numbers(shown["30"]) == numbers(shown["200"])
+    assert shown[None] == shown["200"], "into a pipe: as wide as it needs"

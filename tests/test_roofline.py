@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import resnet_fused as rf
 from resnet_fused import cli, roofline, shapes
 from resnet_fused.errors import BackendError, InputError
+from resnet_fused.report import three_digits
 from resnet_fused.roofline import Machine, Placement
 from resnet_fused.shapes import BasicBlock, Bottleneck, Conv, DenseBlock, Head, PreActBlock, Stem, Transition
 from resnet_fused.tables import render
@@ -209,7 +210,7 @@ def test_explain_places_without_timing():
     assert all(row.seconds is None and row.share is None for row in plan.rows) and plan.seconds is None
     assert Placement(**json.loads(json.dumps(plan.to_dict()))["roof"]) == plan.roof
     whole = next(line for line in render(plan, 120).splitlines() if "all of them" in line)
-    assert f"{plan.roof.bound_seconds * 1e3:.3f}" in whole and "%" not in whole
+    assert three_digits(plan.roof.bound_seconds * 1e3) in whole and "%" not in whole
 
 
 def test_explain_measures_this_machine(monkeypatch):
@@ -243,8 +244,8 @@ def test_table_fits_120_columns(monkeypatch):
     lines = [line.rstrip() for line in text.splitlines()]
     assert max(map(len, lines)) <= 120
     row = next(line for line in lines if line.startswith(" layer1.0"))
-    assert "bottleneck" in row and "123.400" in row, "a row is one line"
-    assert any("all of them" in line and "740.400" in line for line in lines)
+    assert "bottleneck" in row and " 123 " in row, "a row is one line"
+    assert any("all of them" in line and " 740 " in line for line in lines)
 
 
 def test_command(monkeypatch):
