@@ -140,7 +140,8 @@ def overview(cases: Sequence[Case]) -> Figure:
         ours, other, ratio = ratios[0]
         shade = LOSE if ratio < 1 else INK
         farthest = max(1.0, *(r for *_, r in ratios))
-        text = f"{ratio:.2f}x  {three_digits(ours.speed)} images/s, {other.name} {three_digits(other.speed)}"
+        fast = "".join(f" (fast {r:.2f}x)" for contender, _, r in ratios[1:] if contender.accuracy == "fast")
+        text = f"{ratio:.2f}x{fast}  {three_digits(ours.speed)} images/s, {other.name} {three_digits(other.speed)}"
         _note(axes, text, (farthest, y), 8, color=shade)
     axes.axvline(1, color=INK, linewidth=1)
     low = min([1.0] + [r for _, ratios in rows for *_, r in ratios])
@@ -260,7 +261,7 @@ def latency(cases: Sequence[Case]) -> Figure | None:
             _plain(axes.yaxis)
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.grid(True, axis="y")
-            axes.set_title(f"{model}, {dtype}")
+            axes.set_title(f"{model}, {dtype}", fontsize=8.2 if len(many) > 4 else None)
             if i == len(dtypes) - 1:
                 axes.set_xlabel("batch, images")
             if j == 0:
@@ -366,10 +367,13 @@ def roofline(device: Device) -> Figure | None:
     if machine is None:
         return None
     dtypes = [dtype for dtype in device.dtypes if dtype in machine.matmul_tflop_s]
-    figure = Figure(figsize=(1.0 + 4.6 * len(dtypes), 4.3), dpi=DPI, layout="constrained")
+    rows = max([1, *(math.ceil(len(model_points(device, dtype)) / KEY_COLUMNS) for dtype in dtypes)])
+    heights = [4.3, 0.17 * rows]
+    figure = Figure(figsize=(1.0 + 4.6 * len(dtypes), sum(heights)), dpi=DPI, layout="constrained")
+    grid = figure.subplots(2, len(dtypes), squeeze=False, height_ratios=heights)
     panels = []
-    for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
-        models, parts = model_points(device, dtype), block_points(device, dtype)
+    for axes, key, dtype in zip(*grid, dtypes, strict=True):
+        models, parts = sorted(model_points(device, dtype)), block_points(device, dtype)
         peak, copy = machine.matmul_tflop_s[dtype] * 1e3, machine.copy_gb_s
         ridge = peak / copy
         points = [*((x, y) for x, y, _ in models), *((x, y) for x, y, _ in parts)]
@@ -392,7 +396,8 @@ def roofline(device: Device) -> Figure | None:
         axes.grid(True)
         axes.set_xlabel("FLOP per byte (input, weights and output of every block, once)")
         axes.set_ylabel("GFLOP/s")
-        axes.set_title(f"{dtype}: filled, models (name, batch){'; hollow, blocks' if parts else ''}")
+        axes.set_title(f"{dtype}: filled, models{'; hollow, blocks' if parts else ''}")
+        _key(key, [name for *_, name in models], rows)
         panels.append((axes, models, points, peak, copy, left, right))
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # from now on everything stays where it is
@@ -402,12 +407,24 @@ def roofline(device: Device) -> Figure | None:
         drawn = [_box(axes, x, min(x * copy, peak), 1) for x in across] + [_box(axes, x, y, 6) for x, y in points]
         words: list[Bbox] = []
         spots = [((x, peak), (0, 4), side, "bottom") for x, side in ((ridge, "left"), (right, "right"), (left, "left"))]
-        _write(axes, f"matrix product {three_digits(peak)} GFLOP/s", spots, drawn, words, MUTED)
+        _write(axes, f"torch.matmul {three_digits(peak)} GFLOP/s", spots, drawn, words, MUTED)
         spots = [((ridge / part, peak / part), (8, -2), "left", "top") for part in (2, 3, 1.4)]
         _write(axes, f"copy {three_digits(copy)} GB/s", spots, drawn, words, MUTED)
-        for x, y, name in sorted(models):
-            _write(axes, name, [((x, y), *spot) for spot in BESIDE], drawn, words, INK)
+        for number, (x, y, _) in enumerate(models, 1):
+            _write(axes, str(number), [((x, y), *spot) for spot in BESIDE], drawn, words, INK)
     return figure
+
+
+KEY_COLUMNS = 2
+
+
+def _key(axes: Axes, names: Sequence[str], rows: int) -> None:
+    """What the numbers of the points stand for."""
+    axes.axis("off")
+    for i, name in enumerate(names):
+        column, row = divmod(i, rows)
+        place = (column / KEY_COLUMNS, 1 - row / rows)
+        axes.text(*place, f"{i + 1}  {name}", fontsize=7, va="top", transform=axes.transAxes)
 
 
 Spot = tuple[tuple[float, float], tuple[float, float], str, str]
@@ -415,13 +432,9 @@ Spot = tuple[tuple[float, float], tuple[float, float], str, str]
 BESIDE = (
     ((0, 6), "center", "bottom"),
     ((0, -6), "center", "top"),
-    ((8, 0), "left", "center"),
-    ((-8, 0), "right", "center"),
-    *(
-        ((x, y), side, "center")
-        for y in (20, -20, 34, -34, 48, -48, 62, -62)
-        for x, side in ((0, "center"), (12, "left"), (-12, "right"))
-    ),
+    ((6, 0), "left", "center"),
+    ((-6, 0), "right", "center"),
+    *(((x, y), side, up) for y, up in ((5, "bottom"), (-5, "top")) for x, side in ((5, "left"), (-5, "right"))),
 )
 
 
@@ -432,7 +445,7 @@ def _box(axes: Axes, x: float, y: float, size: float) -> Bbox:
 
 
 def _write(axes: Axes, text: str, spots: Sequence[Spot], drawn: Sequence[Bbox], words: list[Bbox], shade: str) -> None:
-    """Write where nothing else is, else where least is, and near; far from the point with a thread to it.
+    """Write where nothing else is, else where least is.
 
     Args:
         axes: the panel.
@@ -443,28 +456,25 @@ def _write(axes: Axes, text: str, spots: Sequence[Spot], drawn: Sequence[Bbox], 
         shade: colour.
     """
 
-    def put(spot: Spot, **more: Any) -> Annotation:
+    def put(spot: Spot) -> Annotation:
         point, offset, across, up = spot
-        style = {"textcoords": "offset points", "ha": across, "va": up, "fontsize": 7, "color": shade} | more
+        style = {"textcoords": "offset points", "ha": across, "va": up, "fontsize": 7, "color": shade}
         return axes.annotate(text, point, offset, **style)
 
     def extent(spot: Spot) -> Bbox:
         trial = put(spot)
         box = trial.get_window_extent()
         trial.remove()
-        return box.padded(6, 1)
+        return box.padded(2, 1)
 
-    def cost(spot: Spot) -> float:
+    def cost(spot: Spot) -> int:
         box = extent(spot)
         inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
-        covered = box.count_overlaps(drawn) + 10 * box.count_overlaps(words) + (0 if inside else 100)
-        return covered + max(map(abs, spot[1])) / 20
+        return box.count_overlaps(drawn) + 10 * box.count_overlaps(words) + (0 if inside else 100)
 
     best = min(spots, key=cost)  # the first of the best
-    far = max(map(abs, best[1])) > 8
-    thread = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6} if far else None
     words.append(extent(best))
-    put(best, arrowprops=thread)
+    put(best)
 
 
 def model_points(device: Device, dtype: str) -> list[tuple[float, float, str]]:
@@ -474,7 +484,7 @@ def model_points(device: Device, dtype: str) -> list[tuple[float, float, str]]:
         ours = case.fused()
         if case.dtype == dtype and ours and case.roof:
             rate = case.roof.flops / case.batch * ours.speed / 1e9
-            found.append((case.roof.intensity, rate, f"{case.model}, {case.batch}"))
+            found.append((case.roof.intensity, rate, f"{case.model}, batch {case.batch}"))
     return found
 
 

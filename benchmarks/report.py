@@ -158,9 +158,10 @@ SECTIONS = {
     ),
     "roofline": (
         "Roofline",
-        "The sloping roof is the machine's copy bandwidth, the flat one its matrix product. Every run measures both; "
-        "the best of all runs is drawn. Operations are those of direct convolution, so Winograd can pass the roof; "
-        "what a cache holds can as well. All figures, below, have every contender's share of the bound in its own run.",
+        "The sloping roof is the rate of a large copy, the flat one that of torch.matmul. Every run measures both; "
+        "the best of all runs is drawn. Kernels better than torch's pass the roof, Winograd, whose operations are "
+        "counted as those of direct convolution, and what a cache holds. All figures, below, have every contender's "
+        "share of the bound in its own run.",
     ),
     "latency": (
         "Latency over batch",

@@ -383,7 +383,7 @@ def plot(result: Result, path: Path) -> None:
             color = (COLORS[kind], 0.55 if both and reused else 1.0)
             axis.barh(y, row["images_per_s"], 0.38 if both else 0.7, color=color)
             axis.plot([row_rate(result, row, p) for p in ("ms_p20", "ms_p80")], [y, y], color="black", linewidth=1)
-            label = f" {row['images_per_s']:.3g}" + (
+            label = f" {three_digits(row['images_per_s'])}" + (
                 f"  {row['speedup']:.2f}x" if row["accuracy"] and row["speedup"] else ""
             )
             if both and row["name"] == names[0]:

@@ -321,18 +321,21 @@ def test_a_fast_model_slower_than_strict_is_seen_above_its_bar(device):
 
 def test_words_on_the_roofline_do_not_overprint(device, monkeypatch):
     ridge = 10.0  # FLOP/byte at 0.2 TFLOP/s and 20 GB/s
-    near = [(ridge * 10 * 1.3**i, 190.0 + 8 * (i % 4), f"resnet{i}_cifar, 16") for i in range(8)]
+    near = [(ridge * 10 * 1.3**i, 190.0 + 8 * (i % 4), f"preact_resnet1001_cifar, batch {i}") for i in range(11)]
     monkeypatch.setattr(plots, "model_points", lambda device, dtype: near)
     blocks = [(x * 1.1, y, "") for x, y, _ in near]
     monkeypatch.setattr(plots, "block_points", lambda device, dtype: blocks)
-    for axes in plots.roofline(device).axes:
-        assert {"matrix product 200 GFLOP/s", "matrix product 2,000 GFLOP/s"} & {
-            words.get_text() for words in axes.texts
-        }
-        # Without their threads; drawn by then, so that they are where they will be.
-        boxes = [Text.get_window_extent(words) for words in axes.texts]
-        assert len(boxes) == 2 + len(near)
+    figure = plots.roofline(device)
+    panels, keys = figure.axes[: len(figure.axes) // 2], figure.axes[len(figure.axes) // 2 :]
+    numbers = [str(i + 1) for i in range(len(near))]
+    for axes, key, rate in zip(panels, keys, ("200", "2,000"), strict=True):
+        texts = [words.get_text() for words in axes.texts]
+        assert texts == [f"torch.matmul {rate} GFLOP/s", "copy 20.0 GB/s", *numbers]
+        assert [words.get_text() for words in key.texts] == [f"{i}  {name}" for i, (*_, name) in enumerate(near, 1)]
+        # Drawn by then, so that they are where they will be.
+        boxes = [Text.get_window_extent(words) for words in (*axes.texts, *key.texts)]
         assert all(box.count_overlaps(boxes) == 1 for box in boxes), "each with itself only"
+        assert all(box.x1 <= figure.bbox.x1 for box in boxes)
 
 
 def test_blocks_behind_are_orange():
@@ -347,7 +350,7 @@ def test_blocks_behind_are_orange():
 def test_points_on_the_roofline(device):
     work, moved = (sum(row[key] for row in samples.PLAN_ROWS) for key in ("flops", "bytes"))
     points = plots.model_points(device, "fp32")
-    assert [name for *_, name in points] == ["resnet18, 1", "resnet18, 16"], "the main job has no bytes"
+    assert [name for *_, name in points] == ["resnet18, batch 1", "resnet18, batch 16"], "the main job has no bytes"
     assert points[0][:2] == pytest.approx((work / moved, work * 12.0 / 1e9))
     assert points[1][1] == pytest.approx(work / 16 * 12.0 / 1e9)
     parts = plots.block_points(device, "fp32")
