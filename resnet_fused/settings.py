@@ -3,15 +3,17 @@
 | variable | meaning |
 |---|---|
 | `RESNET_FUSED_BACKEND` | backend for every call left at `"auto"`, as if the program ran inside `backend(...)` |
-| `RESNET_FUSED_CPU_ISA` | instruction set of the CPU kernels; read by the native library when it loads |
+| `RESNET_FUSED_CPU_ISA` | instruction set of the CPU kernels; read when the native library loads |
 | `RESNET_FUSED_CACHE` | folder of this user's tuning files, see `cache_folder` |
+
+A value that cannot be used is an InputError at the first call that needs it, not at import.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -70,9 +72,23 @@ def resolve_backend(name: str) -> str:
     return one_of("RESNET_FUSED_BACKEND", _state.backend, BACKENDS) if name == "auto" else name
 
 
+def check_isa(known: Sequence[str]) -> None:
+    """Raise InputError if `RESNET_FUSED_CPU_ISA` is none of these, the instruction sets that run here."""
+    name = os.environ.get("RESNET_FUSED_CPU_ISA")
+    if name:
+        one_of("RESNET_FUSED_CPU_ISA", name, tuple(known))
+
+
 def cache_folder() -> Path:
-    """Where `resnet-fused tune` writes: `RESNET_FUSED_CACHE`, else `resnet_fused` in `XDG_CACHE_HOME` or `~/.cache`."""
+    """Where `resnet-fused tune` writes: `RESNET_FUSED_CACHE`, else `resnet_fused` in `XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises:
+        InputError: `RESNET_FUSED_CACHE` is there and no folder.
+    """
     own = os.environ.get("RESNET_FUSED_CACHE")
     if own:
-        return Path(own)
+        folder = Path(own)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"RESNET_FUSED_CACHE must be a folder, or the path of one to make, got the file {own!r}")
+        return folder
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fused"

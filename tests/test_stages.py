@@ -138,7 +138,7 @@ POOLED, LINEAR, BIAS = sample(HEAD, torch.float32, CPU).args
         (
             "bottleneck_chain",
             [X, [*WEIGHTS[:4], *WEIGHTS[3:5]], SCALES, SHIFTS],
-            r"weights\[4\].shape\[1\] times groups must be the 8 channels coming in, got 16",
+            r"weights\[4\].shape\[1\] times groups, 16 \* 1, got 8 channels",
         ),
         ("bottleneck_chain", [X, WEIGHTS, SCALES, [*SHIFTS[:5], BIAS]], r"shifts\[5\].shape must be \(16,\)"),
         ("head", [POOLED, LINEAR[:, 1:]], r"weight.shape must be \(K, 24\), got \(10, 23\)"),

@@ -210,6 +210,9 @@ def test_two_processes_write_at_a_time():
 
 def test_cache_folder(monkeypatch, tmp_path):
     assert settings.cache_folder() == tmp_path / "own"
+    (tmp_path / "own").write_text("")
+    with pytest.raises(InputError, match=r"RESNET_FUSED_CACHE must be a folder, .* got the file '.*/own'"):
+        settings.cache_folder()
     monkeypatch.delenv("RESNET_FUSED_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert str(settings.cache_folder()) == "/somewhere/resnet_fused"

@@ -133,8 +133,29 @@ def test_unknown_name_of_the_backend_context():
 
 
 def test_not_a_tensor():
-    with pytest.raises((RuntimeError, TypeError), match="x"):
-        rf.ops.conv_bn_act([1.0], *CONV.args[1:])
+    with pytest.raises(InputError, match=r"^x must be of type Tensor, got ndarray$"):
+        rf.ops.conv_bn_act(CONV.args[0].numpy(), *CONV.args[1:])
+    with pytest.raises(InputError, match=r"^residual must be of type Optional\[Tensor\], got list$"):
+        rf.ops.conv_bn_act(*CONV.args, [1.0])
+    with pytest.raises(InputError, match=r"^weights must be of type List\[Tensor\], got list$"):
+        rf.ops.bottleneck_chain(CONV.args[0], [1.0], [None], [CONV.args[3]])
+
+
+def test_not_a_number():
+    with pytest.raises(InputError, match=r"^padding must be of type List\[int\], got str$"):
+        rf.ops.conv_bn_act(*CONV.args, padding="same")
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (tensor(1, 4, 32, 32), r"channels coming in must be weight.shape\[1\] times groups, 3 \* 1, got 4 channels"),
+        (tensor(1, 3, 32, 32, dtype=torch.float64), "must be the same, got torch.float64 and torch.float32"),
+    ],
+)
+def test_wrong_input_of_a_fused_model(x, message):
+    with pytest.raises(InputError, match=message):
+        rf.fuse(rf.models.resnet20_cifar().eval())(x)
 
 
 def test_vendor_refuses_what_onednn_gets_wrong():

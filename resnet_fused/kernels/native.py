@@ -1,7 +1,7 @@
 """Loads the native library (`_native.so`: tensor ops) and its Python bindings (`_bindings`: kernel table, cost model).
 
 Neither has to be there: importing never fails, and `reason()` keeps why. One that is there and cannot be used is also
-warned of.
+warned of. A wrong `RESNET_FUSED_CPU_ISA` is an InputError as soon as the library is asked for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from types import ModuleType
 
 import torch
 
+from ..errors import InputError
+from ..settings import check_isa
+
 # The one owner of the namespace: every schema is defined through it, in Python, so an op exists without native code.
 library = torch.library.Library("resnet_fused", "DEF")
 library.define("_table(str function, str arguments) -> str")  # for resnet_fused/_bindings.py
@@ -21,20 +24,29 @@ LIBRARY_PATH = Path(__file__).parent.parent / "_native.so"
 
 bindings: ModuleType | None = None
 _reason: str | None = "not loaded yet"
+_wrong: str | None = None  # what to say of the environment
 
 
 def available() -> bool:
-    """Whether the native kernels can be called."""
-    return _reason is None
+    """Whether the native kernels can be called.
+
+    Raises:
+        InputError: `RESNET_FUSED_CPU_ISA` names no instruction set that runs here.
+    """
+    return reason() is None
 
 
 def reason() -> str | None:
-    """Why the native kernels cannot be called, in one sentence, or None."""
+    """Why the native kernels cannot be called, in one sentence, or None; raises as `available` does."""
+    if _wrong is not None:
+        raise InputError(_wrong)
     return _reason
 
 
 def isa() -> str:
-    """The instruction set the native kernels use now, `"none"` without them."""
+    """The instruction set the native kernels use now, `"none"` without them; raises as `available` does."""
+    if _wrong is not None:
+        raise InputError(_wrong)
     return bindings.isa() if bindings is not None else "none"
 
 
@@ -45,19 +57,21 @@ def load() -> None:
         _reason = f"{LIBRARY_PATH} is not there: the package was installed without its native library"
         return
     _reason = _why_unusable()
-    if _reason is not None:
+    if _reason is not None and _wrong is None:
         warnings.warn(f"the kernels of resnet_fused are not used: {_reason}", RuntimeWarning, stacklevel=2)
 
 
 def _why_unusable() -> str | None:
     """Load what is there; the reason if that fails."""
-    global bindings
+    global bindings, _wrong
     try:
         torch.ops.load_library(LIBRARY_PATH)
         loaded = importlib.import_module("resnet_fused._bindings")
-        loaded.isa()  # chosen here, so that a wrong RESNET_FUSED_CPU_ISA is told at once
-    except ValueError as error:
-        return f"RESNET_FUSED_CPU_ISA cannot be used: {error}"
+        check_isa(loaded.isas())
+        loaded.isa()  # chosen here, so that a later change of the environment changes nothing
+    except InputError as error:
+        _wrong = str(error)
+        return _wrong
     except (OSError, ImportError, RuntimeError) as error:
         return f"{LIBRARY_PATH.name} does not load: {' '.join(str(error).split())}"
     bindings = loaded

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -22,6 +24,30 @@ KERNELS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton}
 """The backends made of this package's own kernels, which share one interface."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+P = ParamSpec("P")
+
+WRONG_TYPE = re.compile(r"Expected a value of type '(.+?)' for argument '(.+?)' but instead found type '(.+?)'")
+"""What torch's dispatcher says, before it prints the argument itself."""
+
+
+def typed(op: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Decorator of the public ops: an argument of a wrong type is an InputError like every other wrong one."""
+
+    @functools.wraps(op)
+    def call(*args: P.args, **options: P.kwargs) -> Tensor:
+        try:
+            return op(*args, **options)
+        except RuntimeError as error:
+            found = WRONG_TYPE.search(str(error))
+            if found is None:
+                raise
+            expected, name, given = found.groups()
+            message = f"{name} must be of type {expected}, got {given}"
+        raise InputError(message)
+
+    return call
+
 
 Spec = tuple[torch.Size, torch.dtype, torch.device]
 """What a check needs of a tensor. Plain and hashable, so that checks of the same shapes are done once."""
@@ -62,7 +88,7 @@ def check_like(name: str, t: Spec, x: Spec, shape: Sequence[int]) -> None:
 def check_kind(name: str, t: Spec, x: Spec) -> None:
     """A tensor of the input's dtype and device."""
     if t[1] != x[1]:
-        raise InputError(f"{name}.dtype must be that of x, {x[1]}, got {t[1]}")
+        raise InputError(f"x.dtype and {name}.dtype must be the same, got {x[1]} and {t[1]}")
     check_device(name, t, x)
 
 
@@ -102,7 +128,8 @@ def check_weight(name: str, t: Spec, x: Spec, channels: int, groups: int, taps: 
         raise InputError(f"{name}.shape must have no zero, got {tuple(shape)}")
     if channels != shape[1] * groups:
         raise InputError(
-            f"{name}.shape[1] times groups must be the {channels} channels coming in, got {shape[1]} * {groups}"
+            f"the channels coming in must be {name}.shape[1] times groups, {shape[1]} * {groups}, "
+            f"got {channels} channels"
         )
     if shape[0] % groups:
         raise InputError(f"{name}.shape[0] must be a multiple of groups, {groups}, got {shape[0]}")

@@ -25,6 +25,7 @@ library.define(
 )
 
 
+@common.typed
 def basic_block(
     x: Tensor,
     w1: Tensor,

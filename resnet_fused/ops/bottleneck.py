@@ -26,6 +26,7 @@ library.define(
 )
 
 
+@common.typed
 def bottleneck(
     x: Tensor,
     w1: Tensor,

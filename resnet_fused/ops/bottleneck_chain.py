@@ -23,6 +23,7 @@ library.define(
 )
 
 
+@common.typed
 def bottleneck_chain(
     x: Tensor,
     weights: Sequence[Tensor],

@@ -30,6 +30,7 @@ library.define(
 )
 
 
+@common.typed
 def conv_bn_act(
     x: Tensor,
     weight: Tensor,

@@ -26,6 +26,7 @@ library.define(
 NAMES = ("in_scale", "in_shift", "w1", "s1", "b1", "w2")
 
 
+@common.typed
 def dense_block(x: Tensor, layers: Sequence[DenseLayer], *, backend: str = "auto", accuracy: str = "strict") -> Tensor:
     """The dense block of DenseNet (Huang et al., 2017, section 3), without a concatenation.
 

@@ -24,6 +24,7 @@ library.define(
 )
 
 
+@common.typed
 def head(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto", accuracy: str = "strict"
 ) -> Tensor:

@@ -25,6 +25,7 @@ library.define(
 )
 
 
+@common.typed
 def preact_block(
     x: Tensor,
     in_scale: Tensor | None,

@@ -24,6 +24,7 @@ library.define(
 )
 
 
+@common.typed
 def stem(
     x: Tensor,
     weight: Tensor,

@@ -23,6 +23,7 @@ library.define(
 )
 
 
+@common.typed
 def transition(
     x: Tensor, in_scale: Tensor, in_shift: Tensor, weight: Tensor, *, backend: str = "auto", accuracy: str = "strict"
 ) -> Tensor:
