@@ -13,8 +13,8 @@
 # Which torch is installed:
 #   DEVICE=cpu|cuda   cuda if nvidia-smi sees a GPU, cpu otherwise
 #   TORCH=...         the requirement; torch==2.13.0 for cpu, torch>=2.11 for cuda
-#   TORCH_INDEX=...   an index to take torch from. PyPI's torch for Linux is the CUDA build: it runs on a CPU too but is
-#                     large. The CPU build: make bench TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   TORCH_INDEX=...   an index to take torch and torchvision from. PyPI's torch for Linux is the CUDA build: it runs on
+#                     a CPU too but is large. The CPU build: make bench TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # Which kernels are compiled:
 #   RESNET_FUSED_CUDA=0|1   0: none for CUDA. By default bench has them on a machine with a GPU and test everywhere; where
 #                           there is no CUDA toolkit, test takes nvcc and the headers from PyPI
@@ -34,6 +34,7 @@ PYTEST ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+FROM_INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.24" "ninja>=1.11" "pybind11>=2.13"
 CUDA_TOOLKIT := $(patsubst %,"nvidia-%==13.0.*",cuda-nvcc nvvm cuda-crt cuda-runtime cuda-cccl)
 ifeq ($(filter test pytest wheel,$(MAKECMDGOALS))$(filter cuda,$(DEVICE)),)
@@ -97,7 +98,7 @@ $(VENV)/torch.txt: $(VENV)/pyvenv.cfg FORCE
 
 $(VENV)/.torch: $(VENV)/torch.txt
 	$(PIP) install $(BUILD_TOOLS)
-	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PIP) install $(FROM_INDEX) "$(TORCH)"
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.torch pyproject.toml
@@ -121,8 +122,10 @@ $(VENV)/.build: $(VENV)/.package $(VENV)/cuda.txt CMakeLists.txt setup.py $(SOUR
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-# torchvision and timm serve for their models, which are plain Python: without their dependencies they leave torch as it is.
+# For their models. torchvision is that of the same index and release, or it cannot be imported; torch stays as it is, also
+# under timm, which is taken without its dependencies.
 $(VENV)/.test: $(VENV)/.package
 	$(PIP) install --no-build-isolation -e ".[test,lint]"
-	$(PIP) install --no-deps torchvision timm
+	$(PIP) install $(FROM_INDEX) torchvision "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')"
+	$(PIP) install --no-deps timm
 	@touch $@

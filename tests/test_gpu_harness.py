@@ -358,6 +358,14 @@ def test_make_compiles_nothing_where_there_is_a_wheel(tmp_path: Path) -> None:
     assert taken[-1] == "0 benchmarks/gpu.py --wheel a.whl --full"
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_make_takes_torchvision_from_the_index_of_torch(tmp_path: Path) -> None:
+    calls = python_calls(tmp_path, "TORCH=torch==2.13.0", "TORCH_INDEX=https://an.index")
+    torch_call, torchvision_call = (call for call in calls if "install --index-url https://an.index" in call)
+    assert torch_call.endswith(" torch==2.13.0")
+    assert " torchvision torch==" in torchvision_call  # the installed version follows, which the stand-in does not tell
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_suite_is_asked_for_the_whole_table_or_one_case(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
