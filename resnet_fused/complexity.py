@@ -1,8 +1,17 @@
-"""`info`: a model's parameters, multiply-adds, layers and depth, as the papers count them."""
+"""`info`: a model's parameters, multiply-adds, layers and depth, as the papers count them.
+
+And what the ops count in `torch.utils.flop_counter`: their convolutions and matrix products, as in the unfused model.
+An option A shortcut counts as the 1x1 convolution that it runs as.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +23,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .fuse import check_model, check_tensor
 from .fusion import original_class, unfused
+from .ops import _common
+from .shapes import Shape
 from .tables import render
 
 
@@ -207,3 +218,41 @@ def _parameters(model: nn.Module, counter: _Counter) -> dict[str, int]:
         current = name if name in found else current
         found[current] = found.get(current, 0) + parameter.numel()
     return found
+
+
+def _flops(shape: Callable[..., Shape]) -> Callable[..., int]:
+    """An op's formula for the counter."""
+    return lambda *args, out_val, **options: shape(*args, **options).flops
+
+
+def _register_formulas(counter: ModuleType) -> None:
+    """Tell `torch.utils.flop_counter` of every op."""
+    for name, shape in _common.SHAPES.items():
+        counter.register_flop_formula(getattr(torch.ops.resnet_fused, name), get_raw=True)(_flops(shape))
+
+
+class _Finder(MetaPathFinder):
+    """Registers the formulas when the counter is imported: that takes 0.1 s, as it imports Triton."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The counter's own spec, with another loader; None for all other modules."""
+        spec = PathFinder.find_spec(fullname, path, target) if fullname == COUNTER else None
+        if spec is None or spec.loader is None:
+            return None
+        load = spec.loader.exec_module
+
+        def load_and_register(module: ModuleType) -> None:
+            load(module)
+            _register_formulas(module)
+
+        spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+COUNTER = "torch.utils.flop_counter"
+if COUNTER in sys.modules:
+    _register_formulas(sys.modules[COUNTER])
+else:
+    sys.meta_path.insert(0, _Finder())

@@ -1,8 +1,12 @@
 """Parameters, multiply-adds, layers and depth: the papers' numbers."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import resnet_fused as rf
@@ -170,3 +174,33 @@ def test_command():
         assert outcome.exit_code == 2
         assert len(outcome.stderr.strip().splitlines()) == 1
         assert all(word in outcome.stderr for word in words)
+
+
+def flops(model, x):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preact_resnet110_cifar", "densenet121"])
+def test_torch_counts_fused_models_like_the_originals(name):
+    model, x = rf.models.find(name).make().eval(), torch.randn(2, 3, 64, 64)
+    counted = flops(rf.fuse(model), x)
+    assert counted == flops(model, x) == 2 * len(x) * rf.info(model, x).multiply_adds
+
+
+def test_torch_counts_every_op():
+    known = {str(packet) for packet in FlopCounterMode(display=False).flop_registry}
+    assert known >= {f"resnet_fused.{op}" for op in rf.ops.__all__ if op != "DenseLayer"}
+
+
+@pytest.mark.parametrize("first", ["torch.utils.flop_counter", "resnet_fused"])
+def test_the_counter_may_be_imported_before_or_after(first):
+    code = f"""
+import sys, {first}
+before = "torch.utils.flop_counter" in sys.modules
+import torch, resnet_fused, torch.utils.flop_counter as counter
+print(before, torch.ops.resnet_fused.stem in counter.flop_registry)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(first != "resnet_fused"), "True"]

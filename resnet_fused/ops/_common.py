@@ -18,7 +18,7 @@ from ..kernels.layout import channels_last, nchw, nhwc
 from ..kernels.native import library
 from ..kernels.packing import packed
 from ..settings import ACCURACIES, BACKENDS, one_of
-from ..shapes import conv_out
+from ..shapes import Head, Shape, conv_out
 
 KERNELS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton}
 """The backends made of this package's own kernels, which share one interface."""
@@ -309,8 +309,18 @@ def _autocast(t: Any, dtype: torch.dtype) -> Any:
     return t.to(dtype)
 
 
-def _register(name: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+SHAPES: dict[str, Callable[..., Shape]] = {}
+"""By the name of an op: the shape that its arguments make, once they are checked."""
+
+
+def _register(name: str, run: Callable[..., Tensor], shape: Callable[..., Shape]) -> Any:
     """Register an op's implementation (every device), its fake and its autocast rule; return the op."""
+
+    def fake(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        made = shape(x, *args, **options)
+        return x.new_empty(made.n, made.k) if isinstance(made, Head) else empty_like_format(made.output_shape, x)
+
+    SHAPES[name] = shape
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resnet_fused::{name}", fake, lib=library)
     op = getattr(torch.ops.resnet_fused, name).default
@@ -329,20 +339,20 @@ def _register(name: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]
 def register(
     name: str,
     run: Callable[..., Tensor],
-    fake: Callable[..., Tensor],
+    shape: Callable[..., Shape],
     setup_context: Callable[..., None],
     backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> None:
     """Register an op with an autograd formula of its own."""
-    _register(name, run, fake)
+    _register(name, run, shape)
     torch.library.register_autograd(f"resnet_fused::{name}", backward, setup_context=setup_context, lib=library)
 
 
 def register_composed(
-    name: str, run: Callable[..., Tensor], fake: Callable[..., Tensor], compose: Callable[..., Tensor]
+    name: str, run: Callable[..., Tensor], shape: Callable[..., Shape], compose: Callable[..., Tensor]
 ) -> None:
     """Register an op that runs as `compose`, out of differentiable operators, where gradients are wanted."""
-    op = _register(name, run, fake)
+    op = _register(name, run, shape)
 
     def autograd(*args: Any, **options: Any) -> Tensor:
         tensors = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else (arg,))]

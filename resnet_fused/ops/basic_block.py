@@ -149,16 +149,15 @@ def _run(
     return common.like_format(y, x)
 
 
-def _fake(
+def _shape(
     *tensors: Any,
     stride: int = 1,
     dilation: int = 1,
     backend: str = "auto",
     accuracy: str = "strict",
-) -> Tensor:
+) -> BasicBlock:
     tensors = common.pad(tensors, 10)
-    shape = _check(tuple(map(optional_spec, tensors)), stride, dilation, backend, accuracy)
-    return common.empty_like_format(shape.output_shape, tensors[0])
+    return _check(tuple(map(optional_spec, tensors)), stride, dilation, backend, accuracy)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
@@ -177,4 +176,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, w1, b1, w2, b2, wd, bd, s1, s2, sd
 
 
-common.register("basic_block", _run, _fake, _setup_context, _backward)
+common.register("basic_block", _run, _shape, _setup_context, _backward)

@@ -192,7 +192,7 @@ def _run(
     return common.like_format(y, x)
 
 
-def _fake(
+def _shape(
     *tensors: Any,
     stride: int = 1,
     dilation: int = 1,
@@ -200,11 +200,10 @@ def _fake(
     stride_in_1x1: bool = False,
     backend: str = "auto",
     accuracy: str = "strict",
-) -> Tensor:
+) -> Bottleneck:
     tensors = common.pad(tensors, 13)
     specs = tuple(map(optional_spec, tensors))
-    shape = _check(specs, stride, dilation, groups, stride_in_1x1, backend, accuracy)
-    return common.empty_like_format(shape.output_shape, tensors[0])
+    return _check(specs, stride, dilation, groups, stride_in_1x1, backend, accuracy)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
@@ -228,4 +227,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, w1, b1, w2, b2, w3, b3, wd, bd, s1, s2, s3, sd
 
 
-common.register("bottleneck", _run, _fake, _setup_context, _backward)
+common.register("bottleneck", _run, _shape, _setup_context, _backward)

@@ -136,7 +136,7 @@ def _run(
     return common.like_format(y, x)
 
 
-def _fake(
+def _shape(
     x: Tensor,
     weights: Sequence[Tensor],
     scales: Sequence[Tensor | None],
@@ -144,9 +144,8 @@ def _fake(
     *,
     backend: str = "auto",
     accuracy: str = "strict",
-) -> Tensor:
-    shape = _check(*_specs(x, weights, scales, shifts), backend, accuracy)
-    return common.empty_like_format(shape.output_shape, x)
+) -> BottleneckChain:
+    return _check(*_specs(x, weights, scales, shifts), backend, accuracy)
 
 
 def _compose(
@@ -162,4 +161,4 @@ def _compose(
     return _one_by_one(x, weights, scales, shifts, backend, accuracy)
 
 
-common.register_composed("bottleneck_chain", _run, _fake, _compose)
+common.register_composed("bottleneck_chain", _run, _shape, _compose)

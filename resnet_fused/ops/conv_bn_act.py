@@ -201,7 +201,7 @@ def layer_runner(choice: plan.Choice, x: Tensor, accuracy: str) -> tuple[Callabl
     return layer, nhwc(x)
 
 
-def _fake(
+def _shape(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
@@ -217,11 +217,10 @@ def _fake(
     activation: str = "relu",
     backend: str = "auto",
     accuracy: str = "strict",
-) -> Tensor:
+) -> Conv:
     optional = (optional_spec(residual), optional_spec(in_scale), optional_spec(in_shift))
     tensors = (spec(x), spec(weight), optional_spec(scale), spec(shift), *optional)
-    shape = _check(*tensors, stride, padding, dilation, groups, activation, backend, accuracy)
-    return common.empty_like_format(shape.output_shape, x)
+    return _check(*tensors, stride, padding, dilation, groups, activation, backend, accuracy)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
@@ -246,4 +245,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return ends[0], *grads, grad_residual if need_residual else None, *ends[1:]
 
 
-common.register("conv_bn_act", run, _fake, _setup_context, _backward)
+common.register("conv_bn_act", run, _shape, _setup_context, _backward)

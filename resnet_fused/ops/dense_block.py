@@ -129,9 +129,8 @@ def _in_one_buffer(choice: plan.Choice, x: Tensor, layers: Sequence[DenseLayer],
     return buffer
 
 
-def _fake(x: Tensor, *lists: Sequence[Tensor], backend: str = "auto", accuracy: str = "strict") -> Tensor:
-    shape = _check(spec(x), [[spec(t) for t in tensors] for tensors in lists], backend, accuracy)
-    return common.empty_like_format(shape.output_shape, x)
+def _shape(x: Tensor, *lists: Sequence[Tensor], backend: str = "auto", accuracy: str = "strict") -> DenseBlock:
+    return _check(spec(x), [[spec(t) for t in tensors] for tensors in lists], backend, accuracy)
 
 
 def _compose(x: Tensor, *lists: Sequence[Tensor], backend: str = "auto", accuracy: str = "strict") -> Tensor:
@@ -147,4 +146,4 @@ def _compose(x: Tensor, *lists: Sequence[Tensor], backend: str = "auto", accurac
     return x
 
 
-common.register_composed("dense_block", _run, _fake, _compose)
+common.register_composed("dense_block", _run, _shape, _compose)

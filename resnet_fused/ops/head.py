@@ -89,11 +89,10 @@ def _shift(weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight.new_zeros(weight.shape[0], dtype=wide) if bias is None else bias.to(wide)
 
 
-def _fake(
+def _shape(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto", accuracy: str = "strict"
-) -> Tensor:
-    shape = _check(spec(x), spec(weight), optional_spec(bias), backend, accuracy)
-    return x.new_empty(shape.n, shape.k)
+) -> Head:
+    return _check(spec(x), spec(weight), optional_spec(bias), backend, accuracy)
 
 
 def _compose(
@@ -105,4 +104,4 @@ def _compose(
     return y.flatten(1)
 
 
-common.register_composed("head", _run, _fake, _compose)
+common.register_composed("head", _run, _shape, _compose)

@@ -204,7 +204,7 @@ def _run(
     return common.like_format(y, tensors[0])
 
 
-def _fake(
+def _shape(
     *tensors: Any,
     stride: int = 1,
     dilation: int = 1,
@@ -212,10 +212,9 @@ def _fake(
     stride_in_1x1: bool = False,
     backend: str = "auto",
     accuracy: str = "strict",
-) -> Tensor:
+) -> PreActBlock:
     arguments = (*_specs(tensors), stride, dilation, groups, stride_in_1x1, backend, accuracy)
-    shape = _check(*arguments)
-    return common.empty_like_format(shape.output_shape, tensors[0])
+    return _check(*arguments)
 
 
 def _compose(
@@ -233,4 +232,4 @@ def _compose(
     return _chain(layer, shape, *common.pad(tensors, 7))
 
 
-common.register_composed("preact_block", _run, _fake, _compose)
+common.register_composed("preact_block", _run, _shape, _compose)

@@ -153,7 +153,7 @@ def _run(
     return common.like_format(y, x)
 
 
-def _fake(
+def _shape(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
@@ -166,10 +166,9 @@ def _fake(
     pool_padding: int = 1,
     backend: str = "auto",
     accuracy: str = "strict",
-) -> Tensor:
+) -> Stem:
     tensors = (spec(x), spec(weight), optional_spec(scale), spec(shift))
-    shape = _check(*tensors, stride, padding, pool_kernel, pool_stride, pool_padding, backend, accuracy)
-    return common.empty_like_format(shape.output_shape, x)
+    return _check(*tensors, stride, padding, pool_kernel, pool_stride, pool_padding, backend, accuracy)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
@@ -190,4 +189,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return reference.conv_bn_act_backward(grad, *layer, needs=ctx.needs_input_grad, **geometry)[:4]
 
 
-common.register("stem", _run, _fake, _setup_context, _backward)
+common.register("stem", _run, _shape, _setup_context, _backward)

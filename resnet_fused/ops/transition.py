@@ -83,11 +83,10 @@ def _run(
     return common.like_format(y, x)
 
 
-def _fake(
+def _shape(
     x: Tensor, in_scale: Tensor, in_shift: Tensor, weight: Tensor, *, backend: str = "auto", accuracy: str = "strict"
-) -> Tensor:
-    shape = _check(spec(x), spec(in_scale), spec(in_shift), spec(weight), backend, accuracy)
-    return common.empty_like_format(shape.output_shape, x)
+) -> Transition:
+    return _check(spec(x), spec(in_scale), spec(in_shift), spec(weight), backend, accuracy)
 
 
 def _compose(
@@ -98,4 +97,4 @@ def _compose(
     return conv_bn_act(pooled, weight, None, shift, activation="none", backend=backend, accuracy=accuracy)
 
 
-common.register_composed("transition", _run, _fake, _compose)
+common.register_composed("transition", _run, _shape, _compose)
