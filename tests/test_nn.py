@@ -189,3 +189,15 @@ def test_basic_block_takes_what_torchvisions_takes():
 def test_plain_blocks_are_the_ones_in_the_models():
     assert type(rf.models.resnet18().layer1[0]) is plain.BasicBlock
     assert isinstance(TinyResNet().layer1[0], plain.Bottleneck)
+
+
+def test_export_of_the_original_modules():
+    model = rf.models.randomize_batchnorms(nn.Sequential(rf.nn.Stem(3, 16), rf.nn.BasicBlock(16, 16))).eval()
+    x = images()
+    assert ops_run(model, x) == ["0", "1"]
+    with rf.nn.unfused():
+        traced = torch.jit.trace(model, x)
+        program = torch.export.export(model, (x,))
+    assert "resnet_fused::" not in str(traced.inlined_graph)
+    assert not any("resnet_fused" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-4)
