@@ -193,7 +193,9 @@ def judge(
     """Apply the parity rule to a block's outputs; `plain` are the original's in one or several memory formats."""
     error, unfused_error = largest_error(fused, exact), max(largest_error(outputs, exact) for outputs in plain)
     magnitude = max((t.abs().nan_to_num(0.0, 0.0).max().item() for t in exact if t.numel()), default=0.0)
+    # Of float32 a whole unit: sums in another order differ by more than the rounding of what they give.
     rounding = max((torch.finfo(t.dtype).eps / 2 for t in fused), default=0.0) * magnitude
+    rounding = max(rounding, torch.finfo(torch.float32).eps * magnitude)
     limit = max(2 * unfused_error + rounding, allowance * magnitude)
     return ParityRow(block, kernel, error, unfused_error, limit, magnitude, error <= limit)
 
