@@ -95,7 +95,7 @@ def verify(model: nn.Module, fast: nn.Module, x: Tensor | tuple[Any, ...]) -> Re
     """Compare a fused model with the original, each with a float64 copy of the original.
 
     The parity rule, for every block and for the whole: the fused error is at most twice the original's at the same
-    dtype, and one rounding of the largest output to that dtype, for where the original happens to be exact. The
+    dtype, and one rounding of the largest output (float32: a unit), for where the original happens to be exact. The
     original's error of the whole is the larger of those in the memory format of `x` and in channels_last, which fused
     models run in. With `accuracy="fast"` a float32 block may be off by 1e-5 of its largest output instead, and the
     whole by so much for each block. Blocks that do not run fused on `x` have no row.
