@@ -269,26 +269,29 @@ def env(
     kernels: Annotated[bool, typer.Option("--kernels", help="List the compiled kernels as well.")] = False,
 ) -> None:
     """Show versions, the native library's state, instruction sets and threads."""
-    table = Table("what", "value", title="Environment")
-    for name, version in environment.versions().items():
-        table.add_row(name, version)
-    in_use, runnable = environment.instruction_sets()
-    table.add_row("processor", environment.device_name("cpu"))
-    table.add_row("threads", str(torch.get_num_threads()))
-    table.add_row("GPU", environment.device_name("cuda") if torch.cuda.is_available() else "none that torch can use")
-    table.add_row("native library", "loaded" if native.available() else f"not loaded: {native.reason()}")
-    table.add_row("CUDA kernels", cuda.built() or "built")
-    table.add_row("instruction set in use", in_use)
-    table.add_row("instruction sets here", ", ".join(runnable) or "none")
-    show(table, console)
-    if kernels:
-        for title, entries in (
-            ("Compiled kernels", environment.kernel_table()),
-            ("Compiled CUDA kernels", environment.cuda_kernel_table()),
-        ):
-            listing = Table(title=title)
-            for name in entries[0] if entries else ("kernel",):
-                listing.add_column(name)
-            for entry in entries:
-                listing.add_row(*map(str, entry.values()))
-            show(listing, console)
+    with errors_in_one_sentence():
+        table = Table("what", "value", title="Environment")
+        for name, version in environment.versions().items():
+            table.add_row(name, version)
+        in_use, runnable = environment.instruction_sets()
+        table.add_row("processor", environment.device_name("cpu"))
+        table.add_row("threads", str(torch.get_num_threads()))
+        gpu = environment.device_name("cuda") if torch.cuda.is_available() else "none that torch can use"
+        table.add_row("GPU", gpu)
+        table.add_row("native library", "loaded" if native.available() else f"not loaded: {native.reason()}")
+        table.add_row("CUDA kernels", cuda.built() or "built")
+        table.add_row("instruction set in use", in_use)
+        table.add_row("instruction sets here", ", ".join(runnable) or "none")
+        show(table, console)
+        if kernels:
+            for title, entries in (
+                ("Compiled kernels", environment.kernel_table()),
+                ("Compiled CUDA kernels", environment.cuda_kernel_table()),
+            ):
+                if not entries:
+                    console.print(f"{title}: none")
+                    continue
+                listing = Table(*entries[0], title=title)
+                for entry in entries:
+                    listing.add_row(*map(str, entry.values()))
+                show(listing, console)

@@ -76,3 +76,13 @@ for _ in range(2):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     names = ", ".join(map(repr, environment.instruction_sets()[1]))
     assert done.stdout == f"RESNET_FUSED_CPU_ISA must be one of {names}, got 'foo'\n" * 2
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library is not built")
+def test_env_with_an_unknown_instruction_set() -> None:
+    env = {**os.environ, "RESNET_FUSED_CPU_ISA": "foo"}
+    command = [sys.executable, "-m", "resnet_fused", "env"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: RESNET_FUSED_CPU_ISA must be one of ")
+    assert done.stderr.count("\n") == 1
